@@ -1,0 +1,76 @@
+"""Labelled training pictures: foregrounds overlaid on backgrounds, with mask, label and exact statistics.
+
+Every sample is a pure function of (assets, recipe, index); the bytes are those of Pillow and libjpeg-turbo.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gpufgbg._version import __version__
+
+if TYPE_CHECKING:
+    from gpufgbg.assets import Assets, prepare
+    from gpufgbg.compositor import Batch, Compositor
+    from gpufgbg.exceptions import (
+        DatasetError,
+        DeviceError,
+        GpufgbgError,
+        GpufgbgWarning,
+        InputError,
+        Interrupted,
+        OptionError,
+        StorageError,
+    )
+    from gpufgbg.moments import Moments
+    from gpufgbg.pipeline import GenerateReport, generate
+    from gpufgbg.recipe import Placements, Plan, Recipe
+
+__all__ = [
+    "Assets",
+    "Batch",
+    "Compositor",
+    "DatasetError",
+    "DeviceError",
+    "GenerateReport",
+    "GpufgbgError",
+    "GpufgbgWarning",
+    "InputError",
+    "Interrupted",
+    "Moments",
+    "OptionError",
+    "Placements",
+    "Plan",
+    "Recipe",
+    "StorageError",
+    "__version__",
+    "generate",
+    "prepare",
+]
+
+_MODULES = {
+    "assets": ("Assets", "prepare"),
+    "compositor": ("Batch", "Compositor"),
+    "exceptions": (
+        "DatasetError", "DeviceError", "GpufgbgError", "GpufgbgWarning", "InputError", "Interrupted",
+        "OptionError", "StorageError",
+    ),
+    "pipeline": ("GenerateReport", "generate"),
+    "moments": ("Moments",),
+    "recipe": ("Placements", "Plan", "Recipe"),
+}  # fmt: skip
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``import gpufgbg`` is quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gpufgbg' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gpufgbg.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,446 @@
+"""The command line.
+
+Exit codes: 0 all well; 1 a fault was found (`verify`); 2 bad usage, bad input or a refusal of the machine; 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gpufgbg._version import __version__
+from gpufgbg.exceptions import (
+    GpufgbgError,
+    GpufgbgWarning,
+    Interrupted,
+    OptionError,
+    printable,
+)
+from gpufgbg.recipe import FLIPS, SUBSAMPLINGS, Recipe
+
+__all__ = ["main"]
+
+_LINE_EVERY_S = 5.0  # progress where there is no terminal
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line an error, and no abbreviations that a later option would make ambiguous."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gpufgbg: error: {printable(message)} (see {self.prog} --help)\n")
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(r"[+-]?\d+", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of pixels (224) or WIDTHxHEIGHT (640x480)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _range(text: str) -> tuple[int | None, int | None]:
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected A:B, the samples from A to B - 1 (either may be left out)"
+        )
+    return int(match[1]) if match[1] else None, int(match[2]) if match[2] else None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; a test keeps it and the README in step."""
+    parser = _Parser(
+        prog="gpufgbg",
+        description="Labelled training pictures: foregrounds overlaid on backgrounds at random places, with "
+        "the mask, the label and the exact statistics of every composite.",
+    )
+    parser.add_argument("--version", action="version", version=f"gpufgbg {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    made = commands.add_parser(
+        "generate",
+        help="make a data set from folders of pictures, or continue one",
+        description="Make a data set from two folders of pictures. The same command continues a run that was "
+        "stopped, however it was stopped.",
+    )
+    made.add_argument("--backgrounds", required=True, metavar="DIR", help="folder of background pictures")
+    made.add_argument("--foregrounds", required=True, metavar="DIR", help="folder of cut-outs with transparency")
+    made.add_argument(
+        "--masks",
+        metavar="DIR",
+        help="folder of masks, named like the foregrounds, also with mask_ before or _mask behind "
+        "(default: the foreground's alpha is its mask)",
+    )
+    made.add_argument("--out", required=True, metavar="PATH", help="folder of the data set")
+    _add_recipe(made)
+    made.add_argument(
+        "--sink",
+        choices=("tree", "zip", "tar"),
+        default="tree",
+        help="files in folders, one stored zip, or WebDataset tar shards (default: tree)",
+    )
+    _add_machine(made)
+    made.add_argument(
+        "--samples",
+        type=_range,
+        metavar="A:B",
+        help="make the samples from A to B - 1 only; several runs may fill one data set (default: all)",
+    )
+    made.set_defaults(run=_generate)
+
+    demo = commands.add_parser(
+        "demo",
+        help="try it out: a small data set from built-in pictures, and a contact sheet",
+        description="Draw 10 street scenes and 10 figures, make a data set of them, and show it on a contact sheet.",
+    )
+    demo.add_argument("out", nargs="?", default="gpufgbg-demo", metavar="OUT", help="folder (default: gpufgbg-demo)")
+    demo.add_argument(
+        "--per-pair", type=_number, default=1, metavar="N", help="repetitions of each pair (default: 1)"
+    )
+    demo.add_argument(
+        "--sink", choices=("tree", "zip", "tar"), default="tree", help="as for generate (default: tree)"
+    )
+    _add_machine(demo)
+    demo.set_defaults(run=_demo)
+
+    stats = commands.add_parser(
+        "stats",
+        help="count, size, mean and std of a data set, by decoding it",
+        description="Decode every picture of a data set (folder tree, zip or tar shards; not only ours) and print "
+        "count, size, mean and standard deviation by kind.",
+    )
+    stats.add_argument("dataset", metavar="DATASET", help="a data set's folder, or a zip or tar file")
+    stats.add_argument("--workers", type=_number, metavar="N", help="threads that decode (default: one a core)")
+    _add_json(stats)
+    stats.set_defaults(run=_stats)
+
+    check = commands.add_parser(
+        "verify",
+        help="check a data set: counts, names, checksums, samples rendered again",
+        description="Check a data set made by gpufgbg. Exit code 1 where a fault is found.",
+    )
+    check.add_argument("dataset", metavar="DATASET", help="the data set's folder")
+    check.add_argument(
+        "--rerender",
+        type=_number,
+        default=0,
+        metavar="N",
+        help="render N samples again and compare them byte for byte (default: 0)",
+    )
+    check.add_argument("--workers", type=_number, metavar="N", help="threads that render (default: one a core)")
+    _add_json(check)
+    check.set_defaults(run=_verify)
+
+    strips = commands.add_parser(
+        "preview",
+        help="a picture of a data set: a strip of samples for each kind",
+        description="Draw strips of a data set's pictures, a row a kind, as one PNG.",
+    )
+    strips.add_argument("dataset", metavar="DATASET", help="a data set's folder, or a zip or tar file")
+    strips.add_argument("--out", metavar="PNG", help="the picture (default: preview.png in the data set's folder)")
+    strips.add_argument("--columns", type=_number, default=10, metavar="N", help="pictures a strip (default: 10)")
+    _add_json(strips)
+    strips.set_defaults(run=_preview)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--per-pair",
+        type=_number,
+        default=20,
+        metavar="N",
+        help="repetitions of each background, foreground and orientation (default: 20)",
+    )
+    parser.add_argument(
+        "--flip",
+        choices=FLIPS,
+        default="both",
+        help="show each foreground flipped left to right and as it is, or one of the two (default: both)",
+    )
+    parser.add_argument(
+        "--size", type=_size, default=(224, 224), metavar="N|WxH", help="frame in pixels (default: 224)"
+    )
+    parser.add_argument(
+        "--foreground-height",
+        type=_number,
+        default=105,
+        metavar="N",
+        help="height in pixels that foregrounds are scaled to (default: 105)",
+    )
+    parser.add_argument("--seed", type=_number, default=0, metavar="N", help="seed of the placements (default: 0)")
+    parser.add_argument(
+        "--quality", type=_number, default=65, metavar="N", help="JPEG quality, 1 to 100 (default: 65)"
+    )
+    parser.add_argument(
+        "--subsampling", choices=SUBSAMPLINGS, default="420", help="chroma subsampling (default: 420)"
+    )
+    parser.add_argument(
+        "--optimize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="optimal Huffman tables for each picture (default), or the standard's",
+    )
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="where samples are made (default: auto)"
+    )
+    parser.add_argument("--workers", type=_number, metavar="N", help="threads that work (default: one a core)")
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and no progress")
+
+
+# -- commands -------------------------------------------------------------------------------------------
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from gpufgbg.pipeline import generate
+    from gpufgbg.report import format_table
+
+    recipe = Recipe(
+        per_pair=options.per_pair,
+        flip=options.flip,
+        size=options.size,
+        foreground_height=options.foreground_height,
+        seed=options.seed,
+        quality=options.quality,
+        subsampling=options.subsampling,
+        optimize=options.optimize,
+    )
+    with _progress("samples", quiet=options.json) as progress:
+        report = generate(
+            options.out,
+            options.backgrounds,
+            options.foregrounds,
+            options.masks,
+            recipe,
+            sink=options.sink,
+            device=options.device,
+            samples=options.samples,
+            workers=options.workers,
+            progress=progress,
+        )
+    if options.json:
+        _print_json(
+            {
+                "out": str(report.out),
+                "samples": report.samples,
+                "done": report.done,
+                "total": report.total,
+                "complete": report.complete,
+                "seconds": round(report.seconds, 3),
+                "bytes": report.size_bytes,
+                "statistics": {k: m.to_dict(summary=True) for k, m in report.statistics.items()},
+            }
+        )
+        return 0
+    print(format_table(report.counts, report.size_bytes, report.statistics))
+    rate = f", {report.samples / report.seconds:,.0f}/s" if report.samples else ""
+    state = "complete" if report.complete else f"{report.done:,} of {report.total:,} samples"
+    print(f"{report.samples:,} samples in {report.seconds:.1f} s{rate}; {printable(report.out)}: {state}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from gpufgbg.files import storage_errors
+    from gpufgbg.manifest import Manifest
+    from gpufgbg.report import preview
+    from gpufgbg.sample_assets import write_sample_assets
+
+    out = Path(options.out)
+    recipe = Recipe(per_pair=options.per_pair)
+    assets, dataset = out / "assets", out / "dataset"
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not Manifest(dataset).started)):
+        raise OptionError("OUT", f"{printable(out)} exists and is not a demo of ours: choose another folder")
+    with storage_errors(out):
+        backgrounds, foregrounds = write_sample_assets(assets)
+    options.backgrounds, options.foregrounds, options.masks = backgrounds, foregrounds, None
+    options.out, options.samples = dataset, None
+    for name in ("flip", "size", "foreground_height", "seed", "quality", "subsampling", "optimize"):
+        setattr(options, name, getattr(recipe, name))
+    code = _generate(options)
+    sheet = preview(dataset, out / "contact_sheet.png")
+    if not options.json:
+        print(f"contact sheet: {printable(sheet)}")
+    return code
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from gpufgbg.report import statistics_table
+    from gpufgbg.statistics import statistics
+
+    with _progress("pictures", quiet=options.json) as progress:
+        found = statistics(options.dataset, options.workers, lambda done: progress(done, 0))
+    if options.json:
+        _print_json(
+            {
+                kind: {
+                    "images": s.images,
+                    "bytes": s.size_bytes,
+                    "forms": sorted([w, h, mode, form] for w, h, mode, form in s.forms),
+                    **({"statistics": s.moments.to_dict(summary=True)} if s.moments.images else {}),
+                }
+                for kind, s in found.items()
+            }
+        )
+    else:
+        print(statistics_table(found))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from gpufgbg.verify import verify
+
+    with _progress("samples", quiet=options.json) as progress:
+        report = verify(options.dataset, options.rerender, options.workers, progress)
+    if options.json:
+        _print_json(
+            {
+                "samples": report.samples,
+                "files": report.files,
+                "rerendered": report.rerendered,
+                "faults": report.faults,
+            }
+        )
+    else:
+        for fault in report.faults:
+            print(f"fault: {printable(fault)}")
+        verdict = f"{len(report.faults)} faults" if report.faults else "no faults"
+        print(
+            f"{report.samples:,} samples, {report.files:,} files read, {report.rerendered:,} samples rendered "
+            f"again: {verdict}"
+        )
+    return 1 if report.faults else 0
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from gpufgbg.report import preview
+
+    written = preview(options.dataset, options.out, options.columns)
+    if options.json:
+        _print_json({"preview": str(written)})
+    else:
+        print(printable(written))
+    return 0
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=1))
+
+
+# -- progress and errors --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Something to call with (done, total): a live bar on a terminal, a line every few seconds elsewhere."""
+    if quiet:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(unit=f" {unit}", unit_scale=True, smoothing=0.05, dynamic_ncols=True) as bar:
+
+            def show(done: int, total: int) -> None:
+                if total and bar.total != total:
+                    bar.total, bar.initial = total, done
+                    bar.n = bar.last_print_n = done
+                bar.update(done - bar.n)
+
+            yield show
+    else:
+        start = last = time.monotonic()
+        first: int | None = None
+
+        def line(done: int, total: int) -> None:
+            nonlocal last, first
+            now = time.monotonic()
+            if first is None:
+                first = done
+            if now - last < _LINE_EVERY_S and done != total:
+                return
+            last = now
+            rate = (done - first) / max(now - start, 1e-9)
+            text = f"{done:,} {unit}"
+            if total:
+                left = (total - done) / rate if rate else 0
+                text = f"{done:,} of {total:,} {unit} ({100 * done // total} %), {left:.0f} s left"
+            print(f"{text}, {rate:,.0f}/s", file=sys.stderr, flush=True)
+
+        yield line
+
+
+def _warn(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+    if issubclass(category, GpufgbgWarning):
+        print(f"gpufgbg: warning: {message}", file=sys.stderr)
+
+
+def _spelled(error: OptionError) -> str:
+    option = error.option if error.option.isupper() else f"--{error.option.replace('_', '-')}"
+    return f"{option}: {error.problem}"
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Without the program's name; by default those of the process.
+    """
+    try:
+        options = build_parser().parse_args(arguments)
+    except SystemExit as error:  # help, version or a usage error, printed already
+        return int(error.code or 0)
+    with suppress(ValueError):  # not the main thread: the caller handles signals
+        signal.signal(signal.SIGTERM, _terminate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GpufgbgWarning)
+        warnings.showwarning = _warn  # restored by catch_warnings
+        try:
+            return int(options.run(options))
+        except Interrupted as error:
+            print(f"gpufgbg: {error}", file=sys.stderr)
+            return 130
+        except KeyboardInterrupt:
+            print("gpufgbg: interrupted", file=sys.stderr)
+            return 130
+        except OptionError as error:
+            print(f"gpufgbg: error: {printable(_spelled(error))}", file=sys.stderr)
+        except GpufgbgError as error:
+            print(f"gpufgbg: error: {printable(error)}", file=sys.stderr)
+        except BrokenPipeError:  # the reader of our output has gone
+            sys.stderr.close()
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Errors and warnings of gpufgbg.
+
+::
+
+    GpufgbgError                 every error that a user can cause or mend; one line, exit code 2
+    ├── OptionError              an option or argument is out of range or contradicts another
+    ├── InputError               a folder or picture that was handed in can't be used
+    ├── DatasetError             a data set can't be opened, or another one stands at the output path
+    ├── DeviceError              the device asked for is not there
+    └── StorageError             the disk is full, read-only or forbidden
+    Interrupted                  stopped by the user (Ctrl-C, SIGTERM); exit code 130
+    GpufgbgWarning               something in the input that the user should know of
+
+A message names the file or option, what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = [
+    "DatasetError",
+    "DeviceError",
+    "GpufgbgError",
+    "GpufgbgWarning",
+    "InputError",
+    "Interrupted",
+    "OptionError",
+    "StorageError",
+    "printable",
+]
+
+
+def printable(name: object) -> str:
+    """A file name or value as one printable line, whatever bytes it holds."""
+    text = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in os.fsdecode(text)
+    )
+
+
+class GpufgbgError(Exception):
+    """Base of all errors that a user can cause or mend."""
+
+
+class OptionError(GpufgbgError, ValueError):
+    """An option has a value that it can't have.
+
+    Attributes
+    ----------
+    option : str
+        The option's name in Python spelling, for example ``"foreground_height"``.
+    problem : str
+        What was found and what was expected.
+    """
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(f"{option}: {problem}")
+        self.option = option
+        self.problem = problem
+
+
+class InputError(GpufgbgError, ValueError):
+    """One or more files that were handed in can't be used.
+
+    Attributes
+    ----------
+    problems : tuple of str
+        One entry a problem, each naming its file.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        count = f"{len(problems)} problems with the input: " if len(problems) > 1 else ""
+        super().__init__(count + "; ".join(problems))
+        self.problems = problems
+
+
+class DatasetError(GpufgbgError, ValueError):
+    """A data set can't be opened or continued."""
+
+
+class DeviceError(GpufgbgError, RuntimeError):
+    """The device that was asked for can't be used."""
+
+
+class StorageError(GpufgbgError, OSError):
+    """The file system refused: full, read-only, or not permitted."""
+
+
+class Interrupted(GpufgbgError):
+    """The user stopped the run; everything committed so far is kept."""
+
+
+class GpufgbgWarning(UserWarning):
+    """Something in the input that the user should know of."""

@@ -1,0 +1,110 @@
+"""Files that appear whole or not at all, and the file system's refusals as errors of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gpufgbg.exceptions import StorageError, printable
+
+__all__ = ["fsync_folder", "remove_tree", "storage_errors", "sync_file_system", "write_atomic"]
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file that appears under its name only once it is whole and on the disk.
+
+    The folder is created if needed. Whatever had the name is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the folder's entries durable, where the platform knows how."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _find_syncfs() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+
+
+_syncfs = _find_syncfs()
+
+
+def sync_file_system(folder: Path) -> None:
+    """Make everything written so far on the folder's file system durable, with one call for many files."""
+    if _syncfs is None:
+        if hasattr(os, "sync"):
+            os.sync()
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if _syncfs(descriptor) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), os.fspath(folder))
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder of ours and all in it; nothing happens where it is gone already."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+_REFUSALS = {
+    errno.ENOSPC: "no space left on the disk of {path}; {kept}free some and run the same command again",
+    errno.EDQUOT: "the disk quota is used up at {path}; {kept}free some and run the same command again",
+    errno.EACCES: "no permission to write {path}: choose another folder or change its permissions",
+    errno.EPERM: "no permission to write {path}: choose another folder or change its permissions",
+    errno.EROFS: "{path} is on a read-only file system: choose another folder",
+    errno.ENAMETOOLONG: "{path}: the name is too long for this file system: choose a shorter folder",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n) or use fewer workers",
+    errno.EIO: "{path}: the disk reports an input/output error; {kept}run the same command again",
+}
+
+
+@contextlib.contextmanager
+def storage_errors(out: Path, kept: Callable[[], str] | str = "") -> Iterator[None]:
+    """Turn the file system's refusals inside the block into one-line `StorageError`.
+
+    Parameters
+    ----------
+    out : Path
+        Named where the error names no file.
+    kept : str or callable
+        What is safe so far, for messages about a run that can go on; ends in ``"; "`` or is empty.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        text = kept() if callable(kept) else kept
+        where = printable(error.filename if isinstance(error.filename, (str, bytes)) else out)
+        raise StorageError(_REFUSALS[error.errno].format(path=where, kept=text)) from error

@@ -1,0 +1,287 @@
+"""What a data set knows of itself: dataset.json, a record for each shard, and who is working on it.
+
+::
+
+    OUT/dataset.json                      recipe, assets, counts, statistics, shards; written last
+    OUT/.gpufgbg/shards/START-STOP.json   one record a committed shard, small, written atomically
+    OUT/.gpufgbg/runs/START-STOP/         of a run under way: its lock and its unfinished shards
+    OUT/.gpufgbg/lock                     held while one process starts or finishes
+
+A shard counts as made once its record exists. Records never overlap: a run that asks for samples that another
+process is making is refused, and samples that have a record are not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gpufgbg.exceptions import DatasetError, printable
+from gpufgbg.files import fsync_folder, remove_tree, write_atomic
+from gpufgbg.moments import Moments
+from gpufgbg.recipe import Recipe, Shard
+
+__all__ = ["Manifest", "ShardChecksum", "ShardRecord", "merged", "missing", "open_dataset", "tiling"]
+
+FORMAT_VERSION = 1
+STATE = ".gpufgbg"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is recorded of a committed shard.
+
+    Attributes
+    ----------
+    shard : Shard
+    checksum : str
+        SHA-256 over the shard's files in order of samples, composite before mask: for each its path in the
+        folder tree, a NUL, its length in decimal, a newline, its bytes. The same for every sink.
+    size_bytes : dict
+        Sum of the files' lengths by kind.
+    moments : dict
+        Exact sums by kind.
+    """
+
+    shard: Shard
+    checksum: str
+    size_bytes: dict[str, int]
+    moments: dict[str, Moments]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "start": self.shard.start,
+            "stop": self.shard.stop,
+            "sha256": self.checksum,
+            "bytes": self.size_bytes,
+            "moments": {kind: m.to_dict() for kind, m in self.moments.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ShardRecord:
+        """The record of ``to_dict``'s result."""
+        return cls(
+            Shard(fields["start"], fields["stop"]),
+            fields["sha256"],
+            dict(fields["bytes"]),
+            {kind: Moments.from_dict(m) for kind, m in fields["moments"].items()},
+        )
+
+
+class ShardChecksum:
+    """Builds `ShardRecord.checksum` file by file."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, path: str, data: bytes | memoryview) -> None:
+        """Add the next file: its path in the folder tree and its bytes."""
+        self._digest.update(f"{path}\0{len(data)}\n".encode())
+        self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        """The checksum of the files so far."""
+        return self._digest.hexdigest()
+
+
+def missing(wanted: Shard, done: list[Shard]) -> list[Shard]:
+    """The parts of ``wanted`` that none of ``done`` (sorted, disjoint) covers."""
+    gaps, at = [], wanted.start
+    for shard in done:
+        if shard.stop <= at or shard.start >= wanted.stop:
+            continue
+        if shard.start > at:
+            gaps.append(Shard(at, shard.start))
+        at = max(at, shard.stop)
+    if at < wanted.stop:
+        gaps.append(Shard(at, wanted.stop))
+    return gaps
+
+
+def merged(shards: list[Shard]) -> list[Shard]:
+    """Sorted, disjoint shards with neighbours joined."""
+    joined: list[Shard] = []
+    for shard in sorted(shards):
+        if joined and joined[-1].stop == shard.start:
+            joined[-1] = Shard(joined[-1].start, shard.stop)
+        else:
+            joined.append(shard)
+    return joined
+
+
+def tiling(pieces: Iterable[Shard], whole: Shard) -> list[Shard] | None:
+    """Some of ``pieces`` that follow one another and make up ``whole``, or None."""
+    reached: dict[int, Shard | None] = {whole.start: None}
+    for piece in sorted(pieces):
+        if piece.start in reached and piece.stop <= whole.stop:
+            reached.setdefault(piece.stop, piece)
+    chain: list[Shard] = []
+    last = reached.get(whole.stop)
+    while last is not None:
+        chain.append(last)
+        last = reached[last.start]
+    return chain[::-1] if chain else None
+
+
+class Manifest:
+    """The bookkeeping of a data set in a folder.
+
+    Parameters
+    ----------
+    out : Path
+        Root of the data set.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.state = out / STATE
+        self.file = out / "dataset.json"
+
+    # -- opening ------------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """Whether a data set of ours has been begun here."""
+        return self.state.is_dir() or self.file.is_file()
+
+    def check_free(self) -> None:
+        """Raise `DatasetError` where the output path holds something that is not ours."""
+        if not self.out.exists() and not self.out.is_symlink():
+            return
+        if not self.out.is_dir():
+            raise DatasetError(f"--out {printable(self.out)}: exists and is not a folder: choose another path")
+        if not self.started and any(self.out.iterdir()):
+            raise DatasetError(
+                f"--out {printable(self.out)}: exists and is not a data set of ours (no dataset.json): "
+                "choose another path or empty it"
+            )
+
+    def read(self) -> dict[str, Any] | None:
+        """dataset.json's content, or None where there is none yet.
+
+        Raises
+        ------
+        DatasetError
+            It is damaged, or of a newer version.
+        """
+        try:
+            content = json.loads(self.file.read_bytes())
+            version = content["format_version"]
+            if content["format"] != "gpufgbg":
+                raise ValueError
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            raise DatasetError(
+                f"{printable(self.file)}: damaged or not ours: expected JSON with format gpufgbg"
+            ) from None
+        if version != FORMAT_VERSION:
+            raise DatasetError(
+                f"{printable(self.file)}: format version {version}, expected {FORMAT_VERSION}: "
+                "use the version of gpufgbg that made it"
+            )
+        return content
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the data set's lock: one process starts or finishes at a time."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.state / "lock"):
+            yield
+
+    @contextlib.contextmanager
+    def claim(self, part: Shard) -> Iterator[Path]:
+        """Claim samples for this process, and give a folder for its unfinished shards.
+
+        Call it with the lock held. The claim ends with the block, or with the process, however it ends.
+
+        Raises
+        ------
+        DatasetError
+            A living process is making some of these samples.
+        """
+        runs = self.state / "runs"
+        runs.mkdir(parents=True, exist_ok=True)
+        for other in sorted(runs.iterdir()):
+            lock = FileLock(other / "lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                theirs = Shard.from_name(other.name)
+                if theirs.start < part.stop and part.start < theirs.stop:
+                    raise DatasetError(
+                        f"{printable(self.out)}: another process is making samples "
+                        f"{theirs.start}:{theirs.stop}: wait for it, or choose other --samples"
+                    ) from None
+                continue
+            lock.release()
+            remove_tree(other)  # left by a process that died
+        folder = runs / part.name
+        folder.mkdir()
+        own = FileLock(folder / "lock", timeout=0)
+        own.acquire()
+        try:
+            yield folder
+        finally:
+            own.release()
+            remove_tree(folder)
+
+    # -- shards -------------------------------------------------------------------------------------
+
+    def record(self, record: ShardRecord) -> None:
+        """Commit: from here on the shard counts as made."""
+        text = json.dumps(record.to_dict(), indent=1) + "\n"
+        write_atomic(self.state / "shards" / f"{record.shard.name}.json", text.encode())
+
+    def forget(self, shard: Shard) -> None:
+        """Remove a shard's record."""
+        (self.state / "shards" / f"{shard.name}.json").unlink(missing_ok=True)
+        fsync_folder(self.state / "shards")
+
+    def records(self) -> list[ShardRecord]:
+        """All committed shards, in order; none overlaps another."""
+        folder = self.state / "shards"
+        found: list[ShardRecord] = []
+        for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+            try:
+                found.append(ShardRecord.from_dict(json.loads(path.read_bytes())))
+            except (ValueError, KeyError, TypeError):
+                raise DatasetError(f"{printable(path)}: damaged: remove it and run generate again") from None
+        found.sort(key=lambda record: (record.shard.start, -record.shard.stop))
+        kept: list[ShardRecord] = []
+        for record in found:  # pieces that a kill left beside the shard they were joined into
+            if not kept or record.shard.start >= kept[-1].shard.stop:
+                kept.append(record)
+        return kept
+
+    # -- dataset.json -------------------------------------------------------------------------------
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Write dataset.json, whole or not at all."""
+        head = {"format": "gpufgbg", "format_version": FORMAT_VERSION}
+        text = json.dumps({**head, **content}, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(self.file, text.encode("utf-8", "backslashreplace"))
+
+
+def open_dataset(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, Any], Recipe]:
+    """The manifest, dataset.json and recipe of a data set of ours.
+
+    Raises
+    ------
+    DatasetError
+        There is none at this path.
+    """
+    manifest = Manifest(Path(path))
+    content = manifest.read()
+    if content is None:
+        raise DatasetError(f"{printable(path)}: no dataset.json: expected a data set made by gpufgbg")
+    return manifest, content, Recipe.from_dict(content["recipe"])

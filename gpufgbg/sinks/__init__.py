@@ -1,0 +1,138 @@
+"""Where a data set's files go: the folder tree, one stored zip, or tar shards.
+
+A sink takes whole shards. `Sink.pack` turns the encoded files of a few samples into what the shard will hold and may
+be called by many threads at once; a `ShardWriter` takes the packs in order; `ShardWriter.commit` makes the shard
+appear, whole, under its name. Until then everything of it lies in the run's own folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gpufgbg.exceptions import OptionError
+from gpufgbg.files import fsync_folder
+from gpufgbg.layout import Layout
+
+if TYPE_CHECKING:
+    from gpufgbg.recipe import Placements, Plan, Shard
+
+__all__ = ["SINKS", "EncodedSamples", "ShardWriter", "Sink", "select"]
+
+SINKS = ("tree", "zip", "tar")
+
+
+@dataclass(frozen=True)
+class EncodedSamples:
+    """The files of a few samples, in order.
+
+    Attributes
+    ----------
+    placements : Placements
+    stems : list of str
+        File names without ending.
+    files : dict of str to sequence of bytes
+        By kind, in the order of `SAMPLE_KINDS`, one a sample.
+    """
+
+    placements: Placements
+    stems: list[str]
+    files: dict[str, Sequence[bytes]]
+
+    def items(self) -> Iterator[tuple[str, bytes]]:
+        """(path in the folder tree, bytes) of every file, sample by sample."""
+        for stem, files in zip(self.stems, zip(*self.files.values(), strict=True), strict=True):
+            for kind, data in zip(self.files, files, strict=True):
+                yield Layout.sample_path(kind, stem), data
+
+
+class ShardWriter(Protocol):
+    """One shard on its way to the disk."""
+
+    def append(self, pack: Any) -> None:
+        """Add the next pack; packs come in order."""
+
+    def commit(self) -> None:
+        """Make the shard appear, whole, after `Sink.sync`."""
+
+    def abandon(self) -> None:
+        """Let go of open files; the run's folder is removed by its owner."""
+
+
+class Sink(Protocol):
+    """A way to keep a data set in a folder."""
+
+    name: str
+
+    def pack(self, samples: EncodedSamples, folder: Path) -> Any:
+        """What `ShardWriter.append` takes; may write into ``folder``, the shard's own."""
+
+    def open(self, folder: Path, shard: Shard) -> ShardWriter:
+        """Begin a shard whose unfinished parts lie in ``folder``."""
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+
+    def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
+        """(path in the folder tree, bytes) of every file of a committed shard, sample by sample.
+
+        Raises
+        ------
+        DatasetError
+            A file is missing or can't be read; the message names it.
+        """
+
+    def finish(self, done: Sequence[Shard]) -> None:
+        """After a run: bring what is there into its final form. ``done``: all samples that are committed."""
+
+
+class FileShard:
+    """A shard that is one file: written under a temporary name, renamed when it is whole and durable."""
+
+    def __init__(self, temporary: Path, target: Path) -> None:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = temporary
+        self.target = target
+        self.file = temporary.open("wb")
+
+    def append(self, pack: bytes) -> None:
+        """Add the next pack."""
+        self.file.write(pack)
+
+    def _end(self) -> None:
+        """Write what ends the file."""
+
+    def commit(self) -> None:
+        """Make the file appear under its name."""
+        with self.file:
+            self._end()
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.target.parent.mkdir(exist_ok=True)
+        self.temporary.replace(self.target)
+        fsync_folder(self.target.parent)
+
+    def abandon(self) -> None:
+        """Let go of the file."""
+        self.file.close()
+
+
+def select(name: str, out: Path, plan: Plan) -> Sink:
+    """The sink called ``name`` for a data set at ``out``, or `OptionError`."""
+    layout = Layout.of(plan)
+    if name == "tree":
+        from gpufgbg.sinks.tree import TreeSink
+
+        return TreeSink(out, plan, layout)
+    if name == "tar":
+        from gpufgbg.sinks.tar import TarSink
+
+        return TarSink(out, plan, layout)
+    if name == "zip":
+        from gpufgbg.sinks.stored_zip import ZipSink
+
+        return ZipSink(out, plan, layout)
+    raise OptionError("sink", f"got {name!r}, expected one of {', '.join(SINKS)}")

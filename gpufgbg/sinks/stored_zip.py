@@ -1,0 +1,188 @@
+"""One stored zip, ``dataset.zip``, with the names of the folder tree; over 4 GiB and over 65,535 files too.
+
+Shards are kept as runs of zip entries below ``.gpufgbg/parts/``. When a run ends, the parts that are there are put
+one after the other, in order, behind the assets and the labels, and a directory is written behind them; the parts
+go once the data set is complete. So the zip is the same whoever made its parts, and nothing of it is kept in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from gpufgbg.exceptions import DatasetError, printable
+from gpufgbg.files import fsync_folder, remove_tree
+from gpufgbg.layout import SAMPLE_KINDS, Layout
+from gpufgbg.manifest import STATE, tiling
+from gpufgbg.recipe import Plan, Shard
+from gpufgbg.sinks import EncodedSamples, FileShard
+
+__all__ = ["ZipSink"]
+
+# Formats: PKWARE APPNOTE 6.3.10, sections 4.3.7 (local header), 4.3.12 (directory), 4.3.14 to 4.3.16 (its end).
+_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
+_END64 = struct.Struct("<4sQHHIIQQQQ")
+_LOCATOR64 = struct.Struct("<4sIQI")
+_END = struct.Struct("<4sHHHHIIH")
+_VERSION, _UTF8, _STORED = 45, 0x800, 0
+_DATE = (1 << 5) | 1  # 1 January 1980, the format's first day: the same bytes whenever it is made
+_REGULAR_FILE = 0o100644 << 16
+_BIG = 0xFFFFFFFF
+
+
+def entry(name: str, data: bytes) -> bytes:
+    """A stored file with its local header."""
+    encoded = name.encode()
+    header = _LOCAL.pack(
+        b"PK\3\4", _VERSION, _UTF8, _STORED, 0, _DATE, zlib.crc32(data), len(data), len(data),
+        len(encoded), 0,
+    )  # fmt: skip
+    return b"".join((header, encoded, data))
+
+
+def entries(file: BinaryIO) -> Iterator[tuple[str, bytes, bytes]]:
+    """(name, bytes, local header) of the entries that `entry` made."""
+    while header := file.read(_LOCAL.size):
+        fields = _LOCAL.unpack(header)
+        yield file.read(fields[9]).decode(), file.read(fields[7]), header
+
+
+class _ZipFile:
+    """Writes a zip front to back; its directory is collected in a second file."""
+
+    def __init__(self, temporary: Path) -> None:
+        self.temporary = temporary
+        self.file = temporary.open("wb")
+        self.directory = temporary.with_suffix(".directory").open("w+b")
+        self.count = 0
+
+    def add(self, name: str, data: bytes, header: bytes) -> None:
+        offset, encoded = self.file.tell(), name.encode()
+        extra = struct.pack("<HHQ", 1, 8, offset) if offset >= _BIG else b""
+        fields = _LOCAL.unpack(header)
+        self.directory.write(
+            _CENTRAL.pack(
+                b"PK\1\2", 3 << 8 | _VERSION, *fields[1:10], len(extra), 0, 0, 0, _REGULAR_FILE,
+                min(offset, _BIG),
+            )
+            + encoded + extra
+        )  # fmt: skip
+        self.file.writelines((header, encoded, data))
+        self.count += 1
+
+    def close(self, target: Path) -> None:
+        start, size = self.file.tell(), self.directory.tell()
+        self.directory.seek(0)
+        shutil.copyfileobj(self.directory, self.file, 1 << 20)
+        if self.count > 0xFFFF or start + size >= _BIG:
+            at = self.file.tell()
+            self.file.write(
+                _END64.pack(b"PK\6\6", _END64.size - 12, 3 << 8 | _VERSION, _VERSION, 0, 0,
+                            self.count, self.count, size, start)
+            )  # fmt: skip
+            self.file.write(_LOCATOR64.pack(b"PK\6\7", 0, at, 1))
+        count = min(self.count, 0xFFFF)
+        self.file.write(_END.pack(b"PK\5\6", 0, 0, count, count, min(size, _BIG), min(start, _BIG), 0))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.abandon()
+        self.temporary.replace(target)
+        fsync_folder(target.parent)
+
+    def abandon(self) -> None:
+        self.file.close()
+        self.directory.close()
+        Path(self.directory.name).unlink(missing_ok=True)
+
+
+class ZipSink:
+    """Keeps everything in one zip; see the module."""
+
+    name = "zip"
+
+    def __init__(self, out: Path, plan: Plan, layout: Layout) -> None:
+        self.out = out
+        self.plan = plan
+        self.layout = layout
+        self.file = out / "dataset.zip"
+        self.parts = out / STATE / "parts"
+
+    def pack(self, samples: EncodedSamples, folder: Path) -> bytes:
+        """The samples' files as entries, one after the other."""
+        return b"".join(entry(path, data) for path, data in samples.items())
+
+    def open(self, folder: Path, shard: Shard) -> FileShard:
+        """Begin a shard."""
+        return FileShard(folder / "shard.part", self.parts / shard.name)
+
+    def sync(self) -> None:
+        """Each part is one file, made durable when it is committed."""
+
+    def _found(self) -> list[Shard]:
+        paths = self.parts.iterdir() if self.parts.is_dir() else ()
+        return sorted(Shard.from_name(path.name) for path in paths if path.name[0] != ".")
+
+    def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
+        """(path, bytes) of every file of a committed shard, from its part or from the zip."""
+        pieces = tiling(self._found(), shard)
+        try:
+            if pieces:
+                for piece in pieces:
+                    with (self.parts / piece.name).open("rb") as file:
+                        for name, data, _ in entries(file):
+                            yield name, data
+                return
+            with zipfile.ZipFile(self.file) as archive:
+                for stem in self.layout.stems(self.plan.placements(range(shard.start, shard.stop))):
+                    for kind in SAMPLE_KINDS:
+                        path = Layout.sample_path(kind, stem)
+                        if kind != "depth":
+                            yield path, archive.read(path)
+        except (OSError, KeyError, zipfile.BadZipFile, struct.error) as error:
+            raise DatasetError(f"{printable(self.file)}: can't be read: {error}") from None
+
+    def finish(self, done: Sequence[Shard]) -> None:
+        """Put the zip together from what is there."""
+        pieces = self._found()
+        complete = list(done) == [Shard(0, len(self.plan))]
+        if pieces:
+            writer = _ZipFile(self.out / ".dataset.zip.tmp")
+            try:
+                for path in self._own_files():
+                    name, data = path.relative_to(self.out).as_posix(), path.read_bytes()
+                    header = entry(name, data)[: _LOCAL.size]
+                    writer.add(name, data, header)
+                for whole in done:
+                    for piece in self._parts_of(whole, pieces):
+                        with (self.parts / piece.name).open("rb") as file:
+                            for name, data, header in entries(file):
+                                writer.add(name, data, header)
+                writer.close(self.file)
+            except BaseException:
+                writer.abandon()
+                writer.temporary.unlink(missing_ok=True)
+                raise
+        if complete:
+            remove_tree(self.parts)
+
+    def _parts_of(self, whole: Shard, pieces: list[Shard]) -> list[Shard]:
+        parts = tiling(pieces, whole)
+        if parts is None:
+            raise DatasetError(
+                f"{printable(self.parts)}: parts of samples {whole.start}:{whole.stop} are gone: remove "
+                "the data set and make it again"
+            )
+        return parts
+
+    def _own_files(self) -> Iterator[Path]:
+        for folder in ("bg", "fg", "fg_mask", "labels"):
+            yield from sorted((self.out / folder).iterdir())
+        yield self.out / "labels.parquet"
+        yield self.out / "dataset.json"

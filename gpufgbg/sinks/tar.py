@@ -1,0 +1,150 @@
+"""Tar shards in the WebDataset convention: ``KEY.composite.jpg``, ``KEY.mask.jpg``, ``KEY.json``.
+
+Each cell of the shard grid is ``shards/shard-000000.tar``. A cell of which runs with ``--samples`` made pieces has
+``shards/shard-000000.part-START-STOP.tar`` until all pieces are there; then they are joined into the shard that one
+run would have made, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from gpufgbg.exceptions import DatasetError, printable
+from gpufgbg.layout import TAR_SUFFIXES, Layout
+from gpufgbg.manifest import tiling
+from gpufgbg.recipe import Plan, Shard
+from gpufgbg.sinks import EncodedSamples, FileShard
+
+__all__ = ["TarSink"]
+
+_BLOCK, _RECORD = 512, 10240
+_END = bytes(2 * _BLOCK)  # two empty blocks end an archive
+# A ustar header but for name (0..99), size (124..135) and checksum (148..155): mode 0644, owner 0, time 0, a file.
+_HEADER = bytearray(_BLOCK)
+_HEADER[100:124] = b"0000644\0" + b"0000000\0" + b"0000000\0"
+_HEADER[136:148] = b"00000000000\0"
+_HEADER[156:157] = b"0"
+_HEADER[257:265] = b"ustar\x0000"
+_HEADER_SUM = sum(_HEADER) + 8 * ord(" ")  # the checksum's own field counts as spaces
+_KIND_OF = {suffix: kind for kind, suffix in TAR_SUFFIXES.items()}
+
+
+def member(name: str, data: bytes) -> bytes:
+    """A file as a member of a ustar archive; names up to 100 bytes, all fields but name and size constant.
+
+    Format: POSIX.1-1988 ustar.
+    """
+    encoded, size = name.encode("ascii"), b"%011o\0" % len(data)
+    if len(encoded) > 100:
+        raise ValueError(f"{name}: {len(encoded)} bytes long, expected at most 100")
+    header = bytearray(_HEADER)
+    header[: len(encoded)] = encoded
+    header[124:136] = size
+    header[148:156] = b"%06o\0 " % (_HEADER_SUM + sum(encoded) + sum(size))
+    return b"".join((header, data, bytes(-len(data) % _BLOCK)))
+
+
+def members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the members that `member` made, up to the end of the archive."""
+    while True:
+        header = file.read(_BLOCK)
+        if len(header) < _BLOCK or not header[0]:
+            return
+        size = int(header[124:135], 8)
+        data = file.read(size + -size % _BLOCK)
+        if len(data) < size:
+            return
+        yield header[: header.index(0)].decode("ascii"), data[:size]
+
+
+class TarSink:
+    """Keeps whole shards as tar files; see the module."""
+
+    name = "tar"
+
+    def __init__(self, out: Path, plan: Plan, layout: Layout) -> None:
+        self.folder = out / "shards"
+        self.plan = plan
+        self.layout = layout
+
+    def pack(self, samples: EncodedSamples, folder: Path) -> bytes:
+        """The samples as members, one after the other."""
+        p, plan = samples.placements, self.plan
+        packed = []
+        for n, stem in enumerate(samples.stems):
+            for kind, files in samples.files.items():
+                packed.append(member(f"{stem}.{TAR_SUFFIXES[kind]}", files[n]))
+            f = int(p.foreground[n])
+            label = {
+                "index": int(p.index[n]),
+                "background": self.layout.background(int(p.background[n])),
+                "foreground": self.layout.foreground(f),
+                "repetition": int(p.repetition[n]),
+                "flip": bool(p.flip[n]),
+                "x": int(p.x[n]),
+                "y": int(p.y[n]),
+                "w": int(plan.foreground_widths[f]),
+                "h": int(plan.foreground_heights[f]),
+            }
+            packed.append(member(f"{stem}.json", json.dumps(label).encode()))
+        return b"".join(packed)
+
+    def open(self, folder: Path, shard: Shard) -> _TarShard:
+        """Begin a shard."""
+        return _TarShard(folder / "shard.tar", self.path(shard))
+
+    def path(self, shard: Shard) -> Path:
+        """Where a shard, or a piece of one, is kept."""
+        cell, number = self.plan.cell(shard.start)
+        piece = "" if shard == cell else f".part-{shard.name}"
+        return self.folder / f"shard-{number:06d}{piece}.tar"
+
+    def sync(self) -> None:
+        """Each shard is one file, made durable when it is committed."""
+
+    def _pieces(self, cell: Shard) -> list[Shard]:
+        found = self.folder.glob(f"{self.path(cell).stem}.part-*.tar")
+        return [Shard.from_name(path.stem.partition(".part-")[2]) for path in found]
+
+    def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
+        """(path, bytes) of every file of a committed shard."""
+        pieces = [shard]
+        if not self.path(shard).exists():  # joined records of which the pieces are not joined yet
+            pieces = tiling(self._pieces(self.plan.cell(shard.start)[0]), shard) or [shard]
+        for piece in pieces:
+            path = self.path(piece)
+            try:
+                with path.open("rb") as file:
+                    for name, data in members(file):
+                        stem, _, suffix = name.partition(".")
+                        if suffix in _KIND_OF:
+                            yield Layout.sample_path(_KIND_OF[suffix], stem), data
+            except (OSError, ValueError) as error:
+                raise DatasetError(f"{printable(path)}: can't be read: {error}") from None
+
+    def finish(self, done: Sequence[Shard]) -> None:
+        """Join the pieces of cells that are whole by now."""
+        cells = {self.plan.cell(Shard.from_name(p.stem.partition(".part-")[2]).start)[0]
+                 for p in self.folder.glob("shard-*.part-*.tar")}  # fmt: skip
+        for cell in sorted(cells):
+            pieces, whole = self._pieces(cell), self.path(cell)
+            order = tiling(pieces, cell)
+            if order and not whole.exists():
+                writer = _TarShard(whole.with_suffix(".tmp"), whole)
+                for piece in order:
+                    with self.path(piece).open("rb") as file:
+                        for name, data in members(file):
+                            writer.append(member(name, data))
+                writer.commit()
+            if whole.exists():
+                for piece in pieces:
+                    self.path(piece).unlink(missing_ok=True)
+
+
+class _TarShard(FileShard):
+    def _end(self) -> None:
+        self.file.write(_END)
+        self.file.write(bytes(-self.file.tell() % _RECORD))
