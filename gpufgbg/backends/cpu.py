@@ -6,6 +6,7 @@ chunk of samples each. Twins: ``kernels/composite.cu``, ``kernels/blend.cuh``. J
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -122,6 +123,35 @@ def _render(  # type: ignore[no-untyped-def]
                 sums[1, c] += squares
 
 
+@_compiled
+def _count(pictures, sums):  # type: ignore[no-untyped-def]
+    """pictures (N, pixels * C) uint8; sums (2, C) int64: their sum and sum of squares a channel are added."""
+    channels = sums.shape[1]
+    for n in range(pictures.shape[0]):
+        picture = pictures[n]
+        for c in range(channels):
+            total, squares = np.int64(0), np.int64(0)
+            for i in range(c, picture.size, channels):
+                value = _i32(picture[i])
+                total += value
+                squares += value * value
+            sums[0, c] += total
+            sums[1, c] += squares
+
+
+def moments(pictures: npt.NDArray[np.uint8]) -> Moments:
+    """Moments of pictures (N, H, W) or (N, H, W, C), uint8, without the interpreter's lock."""
+    channels = pictures.shape[3] if pictures.ndim == 4 else 1
+    count, pixels = len(pictures), math.prod(pictures.shape[:3])
+    sums = np.zeros((2, channels), np.int64)
+    _count(np.ascontiguousarray(pictures).reshape(count, -1), sums)
+    return Moments(count, pixels, tuple(sums[0].tolist()), tuple(sums[1].tolist()))
+
+
+# keep, add, matte, spans; and the pixel and the row where each (foreground, flip) starts
+_Tables = tuple[tuple[npt.NDArray[Any], ...], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
 class CpuBackend:
     """Composites, counts and encodes in host memory. Safe to share between threads.
 
@@ -148,16 +178,14 @@ class CpuBackend:
         blended = (blended + (blended >> 8)) >> 8
         self._mask_sums = np.add.reduceat(blended, assets.offsets[:-1], dtype=np.int64)
         self._mask_squares = np.add.reduceat(blended.astype(np.uint32) ** 2, assets.offsets[:-1], dtype=np.int64)
-        self._tables: Any = None
+        self._tables: _Tables | None = None
         self._local = threading.local()
         pixels = len(assets.masks)
         if 2 * pixels * _PIXEL_BYTES <= _TABLE_BYTES:
             turns = [(f, flip) for flip in (False, True) for f in range(assets.n_foregrounds)]
             self._tables = self._make_tables(turns)
 
-    def _make_tables(
-        self, turns: list[tuple[int, bool]]
-    ) -> tuple[tuple[npt.NDArray[Any], ...], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _make_tables(self, turns: list[tuple[int, bool]]) -> _Tables:
         """Tables of (foreground, flip) one after the other, and the pixel and the row where each starts."""
         assets = self.assets
         counts = [int(assets.offsets[f + 1] - assets.offsets[f]) for f, _ in turns]
