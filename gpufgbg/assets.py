@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from gpufgbg.exceptions import GpufgbgWarning, InputError, printable
-from gpufgbg.pictures import Picture, PictureError, list_pictures, quiet_decoding, raise_all, read_picture
+from gpufgbg.pictures import (
+    MAX_PIXELS,
+    Picture,
+    PictureError,
+    list_pictures,
+    quiet_decoding,
+    raise_all,
+    read_picture,
+)
 from gpufgbg.recipe import Recipe
 
 __all__ = ["AssetFile", "Assets", "Sources", "find_sources", "prepare"]
@@ -68,19 +77,23 @@ class Sources:
     notes: tuple[str, ...] = ()
 
     def checksums(self) -> dict[str, list[str]]:
-        """SHA-256 of every source file, by kind, in order."""
+        """SHA-256 of every source file, by kind, in order; `InputError` names all that can't be read."""
+        problems: list[str] = []
 
         def digest(path: Path) -> str:
             try:
                 return hashlib.sha256(path.read_bytes()).hexdigest()
             except OSError as error:
-                raise InputError(f"{printable(path)}: can't be read: {error.strerror}") from None
+                problems.append(f"{printable(path)}: can't be read: {error.strerror}")
+                return ""
 
-        return {
+        sums = {
             "backgrounds": [digest(p) for p in self.backgrounds],
             "foregrounds": [digest(p) for p in self.foregrounds],
             "masks": [digest(p) for p in self.masks or ()],
         }
+        raise_all(problems)
+        return sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,16 +173,19 @@ class Assets:
         Raises
         ------
         InputError
-            A shape or dtype is another, or nothing was given.
+            A shape or dtype is another, or nothing or an empty picture was given.
         """
-        frames = np.array(backgrounds, order="C")
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
+        try:
+            frames = np.array(backgrounds, order="C")
+        except ValueError:
+            raise InputError("backgrounds: got several sizes, expected uint8 (B, H, W, 3)") from None
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
             raise InputError(f"backgrounds: got {frames.dtype} {frames.shape}, expected uint8 (B, H, W, 3)")
         cutouts = [np.asarray(f) for f in foregrounds]
         if not cutouts:
             raise InputError("foregrounds: got none, expected at least one")
         for i, cutout in enumerate(cutouts):
-            if cutout.dtype != np.uint8 or cutout.ndim != 3 or cutout.shape[2] != 4:
+            if cutout.dtype != np.uint8 or cutout.ndim != 3 or cutout.shape[2] != 4 or not cutout.size:
                 raise InputError(f"foreground {i}: got {cutout.dtype} {cutout.shape}, expected uint8 (h, w, 4)")
         mattes = [c[..., 3] for c in cutouts] if masks is None else [np.asarray(m) for m in masks]
         if len(mattes) != len(cutouts):
@@ -194,12 +210,14 @@ class Assets:
         def pixels(kind: str, mode: str) -> list[npt.NDArray[np.uint8]]:
             return [np.asarray(_open(file.data).convert(mode)) for file in files[kind]]
 
-        return cls.from_arrays(
-            np.stack(pixels("background", "RGB")),
-            pixels("foreground", "RGBA"),
-            pixels("foreground_mask", "L"),
-            files,
-        )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of odd metadata and large frames
+                return cls.from_arrays(
+                    pixels("background", "RGB"), pixels("foreground", "RGBA"), pixels("foreground_mask", "L"), files
+                )
+        except Image.DecompressionBombError:
+            raise InputError(f"size: expected a frame of at most {2 * MAX_PIXELS:,} pixels") from None
 
 
 def find_sources(
@@ -238,11 +256,11 @@ def find_sources(
     if masks is None:
         raise_all(problems)
         return Sources(tuple(behind), tuple(before), None, tuple(notes))
-    by_stem = {path.stem: path for path in listed(masks, "masks")}
+    by_stem = {_stem(path): path for path in listed(masks, "masks")}
     raise_all(problems)
     paired: list[Path] = []
     for path in before:
-        names = (path.stem, f"mask_{path.stem}", f"{path.stem}_mask")
+        names = (_stem(path), f"mask_{_stem(path)}", f"{_stem(path)}_mask")
         found = [by_stem.pop(name) for name in names if name in by_stem]
         if len(found) == 1:
             paired.append(found[0])
@@ -260,6 +278,11 @@ def find_sources(
         strays = ", ".join(printable(p.name) for p in by_stem.values())
         notes.append(f"masks: no foreground for {strays}; not used")
     return Sources(tuple(behind), tuple(before), tuple(paired), tuple(notes))
+
+
+def _stem(path: Path) -> str:
+    """A file's stem in one spelling: file systems differ in how they compose accents."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def prepare(
@@ -376,29 +399,26 @@ def _foreground(path: Path, mask_path: Path | None, recipe: Recipe) -> _Prepared
     if not picture.has_alpha:  # then there is a mask, and it cuts the foreground out
         image = image.convert("RGB")
         image.putalpha(grey if grey is not None else 255)
+    size, source = (width, height), printable(path.name)
+    scaled = _resized(image, size)
     alpha = image.getchannel("A")
-    if alpha.getextrema()[1] == 0:
-        problems.append(f"{name}: fully transparent: nothing of it would be seen; remove it")
+    if scaled.getchannel("A").getextrema()[1] == 0:
+        when = " when scaled" if alpha.getextrema()[1] else ""
+        problems.append(f"{name}: fully transparent{when}: nothing of it would be seen; remove it")
     elif alpha.getextrema()[0] == 255:
         notes.append(f"{name}: opaque everywhere: it is pasted as a rectangle")
-    if grey is not None and grey.getextrema()[1] == 0 and mask is not None:
-        problems.append(f"{printable(mask.path)}: black everywhere: a mask needs some white")
+    matte = _resized(alpha if grey is None else grey, size)
+    if mask is not None and matte.getextrema()[1] == 0:
+        when = " when scaled" if grey is not None and grey.getextrema()[1] else ""
+        problems.append(f"{printable(mask.path)}: black everywhere{when}: a mask needs some white")
     if problems:
         return (), problems, notes
-    size, source = (width, height), printable(path.name)
     own = picture.as_is and picture.format == "PNG" and picture.image.mode == "RGBA"
-    if own and image.size == size:
-        cutout = AssetFile(picture.data, source)
-    else:
-        cutout = AssetFile(_png(_resized(image, size)), source)
-    if mask is not None and grey is not None:
-        kept = mask.as_is and mask.is_baseline_jpeg and mask.image.mode == "L"
-        source = printable(mask.path.name)
-        if kept and grey.size == size:
-            return (cutout, AssetFile(mask.data, source)), problems, notes
-    else:
-        grey = alpha
-    return (cutout, AssetFile(_jpeg(_resized(grey, size)), source)), problems, notes
+    cutout = AssetFile(picture.data if own and image.size == size else _png(scaled), source)
+    if mask is None:
+        return (cutout, AssetFile(_jpeg(matte), source)), problems, notes
+    kept = mask.as_is and mask.is_baseline_jpeg and mask.image.mode == "L" and mask.image.size == size
+    return (cutout, AssetFile(mask.data if kept else _jpeg(matte), printable(mask.path.name))), problems, notes
 
 
 def _grey(mask: Image.Image) -> Image.Image:

@@ -13,20 +13,35 @@ from pathlib import Path
 
 from gpufgbg.exceptions import StorageError, printable
 
-__all__ = ["fsync_folder", "remove_tree", "storage_errors", "sync_file_system", "write_atomic"]
+__all__ = ["atomic_path", "fsync_folder", "remove_tree", "storage_errors", "sync_file_system", "write_atomic"]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, scratch: Path | None = None) -> None:
     """Write a file that appears under its name only once it is whole and on the disk.
 
-    The folder is created if needed. Whatever had the name is replaced.
+    Parameters
+    ----------
+    path : Path
+        Its folder is created if needed. Whatever had the name is replaced.
+    data : bytes
+    scratch : Path, optional
+        Folder on the same file system where the unfinished file lies, so that a kill leaves nothing beside ``path``;
+        by default the folder of ``path``.
     """
+    with atomic_path(path, scratch) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """A name to write a file to inside the block; after it the file is made durable and renamed to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = scratch or path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
@@ -80,6 +95,7 @@ _REFUSALS = {
     errno.EDQUOT: "the disk quota is used up at {path}; {kept}free some and run the same command again",
     errno.EACCES: "no permission to write {path}: choose another folder or change its permissions",
     errno.EPERM: "no permission to write {path}: choose another folder or change its permissions",
+    errno.ENOTDIR: "{path}: a part of this path is not a folder: choose another",
     errno.EROFS: "{path} is on a read-only file system: choose another folder",
     errno.ENAMETOOLONG: "{path}: the name is too long for this file system: choose a shorter folder",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n) or use fewer workers",
@@ -103,8 +119,8 @@ def storage_errors(out: Path, kept: Callable[[], str] | str = "") -> Iterator[No
     except StorageError:
         raise
     except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
         text = kept() if callable(kept) else kept
-        where = printable(error.filename if isinstance(error.filename, (str, bytes)) else out)
-        raise StorageError(_REFUSALS[error.errno].format(path=where, kept=text)) from error
+        named = error.filename2 or error.filename
+        where = printable(os.fsdecode(named) if isinstance(named, (str, bytes, os.PathLike)) else out)
+        reason = _REFUSALS.get(error.errno or 0, f"{{path}}: {printable(error.strerror or error)}; {{kept}}")
+        raise StorageError(reason.format(path=where, kept=text).removesuffix("; ")) from error

@@ -6,7 +6,6 @@ there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.assets import Assets
-from gpufgbg.files import fsync_folder, write_atomic
+from gpufgbg.files import atomic_path, write_atomic
 from gpufgbg.layout import Layout
-from gpufgbg.manifest import missing
+from gpufgbg.manifest import Manifest, missing
 from gpufgbg.recipe import Plan, Shard
 
 __all__ = ["write_labels"]
@@ -34,7 +33,7 @@ def mask_areas(assets: Assets) -> npt.NDArray[np.int32]:
     return np.add.reduceat(white, assets.offsets[:-1], dtype=np.int32)
 
 
-def write_labels(out: Path, plan: Plan, layout: Layout, assets: Assets, done: Sequence[Shard]) -> None:
+def write_labels(manifest: Manifest, plan: Plan, layout: Layout, assets: Assets, done: Sequence[Shard]) -> None:
     """Write labels/ and labels.parquet for the samples ``done`` (sorted, disjoint), atomically."""
     for b in range(plan.n_backgrounds):
         whole = Shard(b * plan.per_background, (b + 1) * plan.per_background)
@@ -53,8 +52,9 @@ def write_labels(out: Path, plan: Plan, layout: Layout, assets: Assets, done: Se
                         strict=True,
                     )
                 )
-            write_atomic(out / layout.label_file(b), "".join(lines).encode())
-    _write_table(out / "labels.parquet", plan, layout, assets, done)
+            write_atomic(manifest.out / layout.label_file(b), "".join(lines).encode(), manifest.scratch)
+    with atomic_path(manifest.out / "labels.parquet", manifest.scratch) as path:
+        _write_table(path, plan, layout, assets, done)
 
 
 def _write_table(path: Path, plan: Plan, layout: Layout, assets: Assets, done: Sequence[Shard]) -> None:
@@ -72,31 +72,22 @@ def _write_table(path: Path, plan: Plan, layout: Layout, assets: Assets, done: S
          ("repetition", pa.int32()), ("flip", pa.bool_()), ("x", pa.int32()), ("y", pa.int32()),
          ("w", pa.int32()), ("h", pa.int32()), ("mask_area", pa.int32())]
     )  # fmt: skip
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for part in done:
-                for start in range(part.start, part.stop, _ROWS):
-                    p = plan.placements(np.arange(start, min(start + _ROWS, part.stop)))
-                    f = p.foreground
-                    columns = [
-                        pa.array(p.index),
-                        pa.array([f"{stem}.jpg" for stem in layout.stems(p)]),
-                        pa.DictionaryArray.from_arrays(p.background, names["background"]),
-                        pa.DictionaryArray.from_arrays(f, names["foreground"]),
-                        pa.array(p.repetition),
-                        pa.array(p.flip),
-                        pa.array(p.x),
-                        pa.array(p.y),
-                        pa.array(assets.widths[f]),
-                        pa.array(assets.heights[f]),
-                        pa.array(areas[f]),
-                    ]
-                    writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for part in done:
+            for start in range(part.start, part.stop, _ROWS):
+                p = plan.placements(np.arange(start, min(start + _ROWS, part.stop)))
+                f = p.foreground
+                columns = [
+                    pa.array(p.index),
+                    pa.array([f"{stem}.jpg" for stem in layout.stems(p)]),
+                    pa.DictionaryArray.from_arrays(p.background, names["background"]),
+                    pa.DictionaryArray.from_arrays(f, names["foreground"]),
+                    pa.array(p.repetition),
+                    pa.array(p.flip),
+                    pa.array(p.x),
+                    pa.array(p.y),
+                    pa.array(assets.widths[f]),
+                    pa.array(assets.heights[f]),
+                    pa.array(areas[f]),
+                ]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))

@@ -5,6 +5,7 @@
     OUT/dataset.json                      recipe, assets, counts, statistics, shards; written last
     OUT/.gpufgbg/shards/START-STOP.json   one record a committed shard, small, written atomically
     OUT/.gpufgbg/runs/START-STOP/         of a run under way: its lock and its unfinished shards
+    OUT/.gpufgbg/scratch/                 files on their way to their names
     OUT/.gpufgbg/lock                     held while one process starts or finishes
 
 A shard counts as made once its record exists. Records never overlap: a run that asks for samples that another
@@ -144,6 +145,7 @@ class Manifest:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.state = out / STATE
+        self.scratch = self.state / "scratch"
         self.file = out / "dataset.json"
 
     # -- opening ------------------------------------------------------------------------------------
@@ -211,6 +213,7 @@ class Manifest:
         """
         runs = self.state / "runs"
         runs.mkdir(parents=True, exist_ok=True)
+        alone = True
         for other in sorted(runs.iterdir()):
             lock = FileLock(other / "lock", timeout=0)
             try:
@@ -222,9 +225,12 @@ class Manifest:
                         f"{printable(self.out)}: another process is making samples "
                         f"{theirs.start}:{theirs.stop}: wait for it, or choose other --samples"
                     ) from None
+                alone = False
                 continue
             lock.release()
             remove_tree(other)  # left by a process that died
+        if alone:
+            remove_tree(self.scratch)
         folder = runs / part.name
         folder.mkdir()
         own = FileLock(folder / "lock", timeout=0)
@@ -240,12 +246,17 @@ class Manifest:
     def record(self, record: ShardRecord) -> None:
         """Commit: from here on the shard counts as made."""
         text = json.dumps(record.to_dict(), indent=1) + "\n"
-        write_atomic(self.state / "shards" / f"{record.shard.name}.json", text.encode())
+        write_atomic(self.state / "shards" / f"{record.shard.name}.json", text.encode(), self.scratch)
 
-    def forget(self, shard: Shard) -> None:
-        """Remove a shard's record."""
-        (self.state / "shards" / f"{shard.name}.json").unlink(missing_ok=True)
-        fsync_folder(self.state / "shards")
+    def forget_all_but(self, kept: Iterable[ShardRecord]) -> None:
+        """Remove the records of pieces that have been joined."""
+        folder = self.state / "shards"
+        names = {f"{record.shard.name}.json" for record in kept}
+        stale = [path for path in folder.glob("*.json") if path.name not in names]
+        for path in stale:
+            path.unlink()
+        if stale:
+            fsync_folder(folder)
 
     def records(self) -> list[ShardRecord]:
         """All committed shards, in order; none overlaps another."""
@@ -269,7 +280,7 @@ class Manifest:
         """Write dataset.json, whole or not at all."""
         head = {"format": "gpufgbg", "format_version": FORMAT_VERSION}
         text = json.dumps({**head, **content}, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(self.file, text.encode("utf-8", "backslashreplace"))
+        write_atomic(self.file, text.encode("utf-8", "backslashreplace"), self.scratch)
 
 
 def open_dataset(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, Any], Recipe]:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import struct
+import stat
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from gpufgbg.exceptions import InputError, StorageError, printable
+from gpufgbg.exceptions import InputError, printable
 
 __all__ = ["Picture", "PictureError", "list_pictures", "read_picture"]
 
@@ -30,8 +32,21 @@ FORMATS = {
 _SAME_FORMAT = {"MPO": "JPEG", "DIB": "BMP"}  # a camera's multi-picture JPEG; a BMP without file header
 _LITTER = {"thumbs.db", "desktop.ini", "license", "license.txt", "readme", "readme.md", "readme.txt"}
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
-# What Pillow's decoders raise on damaged files
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error)
+_MAGIC = {
+    "JPEG": (b"\xff\xd8",), "PNG": (b"\x89PNG\r\n\x1a\n",), "WEBP": (b"RIFF",), "BMP": (b"BM",),
+    "TIFF": (b"II*\0", b"MM\0*"),
+}  # fmt: skip
+_PNG_END, _JPEG_END = b"\0\0\0\0IEND\xaeB`\x82", b"\xff\xd9"
+#: EXIF orientation -> what sets the picture upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _BASELINE, _STANDALONE = 0xC0, {0x01, *range(0xD0, 0xD9)}
 
 
@@ -71,7 +86,7 @@ class Picture:
     @property
     def is_baseline_jpeg(self) -> bool:
         """Whether the file is a baseline (not progressive, not arithmetic) JPEG."""
-        return self.format == "JPEG" and _start_of_frame(self.data) == _BASELINE
+        return self.format == "JPEG" and _start_of_frame(self.data)[0] == _BASELINE
 
 
 def list_pictures(folder: str | os.PathLike[str], option: str) -> tuple[list[Path], list[str]]:
@@ -94,15 +109,21 @@ def list_pictures(folder: str | os.PathLike[str], option: str) -> tuple[list[Pat
     InputError
         No such folder, not a folder, not readable, no pictures, or two pictures with one stem.
     """
+    if not os.fspath(folder):
+        raise InputError(f"{option}: got an empty name, expected a folder")
     folder = Path(folder)
     try:
         entries = sorted(folder.iterdir(), key=lambda p: unicodedata.normalize("NFC", p.name))
+        if entries:
+            entries[0].lstat()  # refused where the folder may be listed but not entered
     except FileNotFoundError:
         raise InputError(f"{option}: no such folder: {printable(folder)}") from None
     except NotADirectoryError:
         raise InputError(f"{option}: not a folder: {printable(folder)}") from None
     except PermissionError:
-        raise StorageError(f"{option}: no permission to read {printable(folder)}") from None
+        raise InputError(f"{option}: no permission to read {printable(folder)}") from None
+    except OSError as error:
+        raise InputError(f"{option}: can't read {printable(folder)}: {error.strerror}") from None
     paths: list[Path] = []
     subfolders: list[str] = []
     others: list[str] = []
@@ -110,12 +131,18 @@ def list_pictures(folder: str | os.PathLike[str], option: str) -> tuple[list[Pat
     for entry in entries:
         if entry.name.startswith(".") or entry.name.lower() in _LITTER:
             continue
-        if entry.is_dir():
+        try:
+            kind = entry.stat().st_mode
+        except OSError:  # a link whose target is missing, forbidden or the link itself
+            kind = 0
+        if stat.S_ISDIR(kind):
             subfolders.append(printable(entry.name))
         elif entry.suffix.lower() not in FORMATS:
             others.append(printable(entry.name))
-        elif not entry.exists():
-            problems.append(f"{printable(entry)}: a symbolic link to nothing")
+        elif not kind:
+            problems.append(f"{printable(entry)}: a symbolic link to nothing that can be read")
+        elif not stat.S_ISREG(kind):
+            problems.append(f"{printable(entry)}: neither a file nor a folder: remove it")
         else:
             paths.append(entry)
     stems: dict[str, Path] = {}
@@ -173,7 +200,10 @@ def read_picture(path: Path) -> Picture:
             found = _SAME_FORMAT.get(opened.format or "", opened.format or "")
             if found != expected:
                 raise PictureError(f"mislabelled: the name says {expected}, the content is {found}; rename it")
-            return _decode(path, opened, data, found)
+            picture = _decode(path, opened, data, found)
+        if not _has_end(data, found):
+            raise PictureError(f"damaged or truncated {found}: its end is not there")
+        return picture
     except PictureError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -181,10 +211,12 @@ def read_picture(path: Path) -> Picture:
             f"too large to decode safely: expected at most {MAX_PIXELS:,} pixels; scale it down"
         ) from None
     except UnidentifiedImageError:
+        if data.startswith(_MAGIC[expected]):
+            raise PictureError(f"damaged, truncated or unusual {expected}: restore it or convert it") from None
         raise PictureError(f"not a picture: expected {expected} by its name") from None
     except MemoryError:
         raise PictureError("too large for this machine's memory") from None
-    except _DAMAGED as error:
+    except Exception as error:  # decoders raise almost anything on damaged files
         reason = printable(error).strip() or type(error).__name__
         raise PictureError(f"damaged or truncated {expected}: {reason}") from None
 
@@ -195,54 +227,87 @@ def _decode(path: Path, opened: Image.Image, data: bytes, found: str) -> Picture
     if frames > 1 and opened.format != "MPO":
         notes.append(f"{printable(path)}: {frames} frames, only the first is used")
     opened.load()
-    orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
-    mode, rotated = opened.mode, orientation in range(2, 9)
-    upright = ImageOps.exif_transpose(opened) if rotated else opened
-    image = _eight_bit(upright).copy()
+    try:
+        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as above; the pixels are whole
+        orientation = 1
+        notes.append(f"{printable(path)}: its EXIF can't be read, it is taken as upright")
+    method = _UPRIGHT.get(orientation)
+    if found == "TIFF":
+        _check_tiff(opened)
+    image = _eight_bit(opened, data)
+    image = image.copy() if method is None else image.transpose(method)
     image.info = {}  # nothing of the source's metadata goes into what is saved
-    as_is = not rotated and frames == 1 and mode == image.mode
+    as_is = method is None and frames == 1 and opened.mode == image.mode
     return Picture(path, image, data, found, as_is, tuple(notes))
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _check_tiff(opened: Image.Image) -> None:
+    """Refuse the grey kinds that Pillow hands over unscaled or upside down."""
+    if not opened.mode.startswith("I"):
+        return
+    tags = opened.tag_v2  # type: ignore[attr-defined]
+    bits = tags.get(ExifTags.Base.BitsPerSample, (1,))[0]
+    signed = tags.get(ExifTags.Base.SampleFormat, (1,))[0] != 1
+    inverted = tags.get(ExifTags.Base.PhotometricInterpretation, 1) == 0
+    if bits != 16 or signed or inverted:
+        odd = f"{'signed ' if signed else ''}{bits}-bit grey{' with white as zero' if inverted else ''}"
+        raise PictureError(f"{odd}: expected 8 or 16 bits a channel, unsigned, black as zero; convert it")
+
+
+def _eight_bit(image: Image.Image, data: bytes) -> Image.Image:
     """Any mode as L, RGB or RGBA; 16-bit samples keep their upper byte, as Pillow does for 16-bit RGB."""
-    mode, transparent = image.mode, image.info.get("transparency")
-    if mode in ("RGB", "L") and transparent is None:
-        return image
-    if mode.startswith("I;16") or mode == "I":
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise PictureError("32 bits a channel: expected 8 or 16; convert it")
-        grey = Image.fromarray((wide >> 8).astype(np.uint8))
-        if not isinstance(transparent, int):
-            return grey
-        alpha = Image.fromarray(np.where(wide == transparent, 0, 255).astype(np.uint8))
-        return Image.merge("LA", (grey, alpha)).convert("RGBA")
-    if mode == "F":
-        raise PictureError("floating-point pixels: expected 8 or 16 bits a channel; convert it")
-    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or transparent is not None:
-        return image.convert("LA").convert("RGBA") if mode == "La" else image.convert("RGBA")
-    if mode == "1":
-        return image.convert("L")
-    return image.convert("RGB")
+    mode = image.mode
+    keyed = image.info.pop("transparency", None) if mode != "P" else None
+    if keyed is not None:
+        coloured = _eight_bit(image, data).convert("RGB")
+        coloured.putalpha(Image.fromarray(_keyed_alpha(data)))
+        return coloured
+    if mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if mode in ("I", "F"):
+        kind = "floating-point" if mode == "F" else "32-bit"
+        raise PictureError(f"{kind} pixels: expected 8 or 16 bits a channel; convert it")
+    if mode == "La":
+        return image.convert("LA").convert("RGBA")
+    if mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        return image.convert("RGBA")
+    return image if mode in ("RGB", "L") else image.convert("L" if mode == "1" else "RGB")
 
 
-def _start_of_frame(data: bytes) -> int | None:
-    """The second byte of a JPEG's start-of-frame marker: 0xC0 baseline, 0xC2 progressive, ..."""
+def _keyed_alpha(png: bytes) -> npt.NDArray[np.uint8]:
+    """The alpha of a PNG in which one grey or one colour is transparent.
+
+    libpng's own, because Pillow compares the key with samples that it has scaled to 8 bits already, and so
+    finds nothing at 2, 4 and 16 bits.
+    """
+    alpha = imagecodecs.png_decode(png)[..., -1]
+    return (alpha > 0).astype(np.uint8) * np.uint8(255)
+
+
+def _has_end(data: bytes, form: str) -> bool:
+    """Whether the file has its end marker. Pillow often does without, other readers of a kept file would not."""
+    if form == "PNG":
+        return _PNG_END in data
+    return form != "JPEG" or data.find(_JPEG_END, _start_of_frame(data)[1]) >= 0
+
+
+def _start_of_frame(data: bytes) -> tuple[int | None, int]:
+    """The second byte of a JPEG's start-of-frame marker (0xC0 baseline, 0xC2 progressive, ...) and its place."""
     at = 2
     while at + 4 <= len(data):
         if data[at] != 0xFF:
-            return None
+            break
         marker = data[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
         elif marker in _STANDALONE:
             at += 2
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return marker
+            return marker, at
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
+    return None, 0
 
 
 def raise_all(problems: Sequence[str]) -> None:

@@ -260,7 +260,7 @@ def _begin(
         sums = source_sums[plural] or source_sums["foregrounds"]
         listed[plural] = []
         for i, (file, source_sum) in enumerate(zip(assets.files[kind], sums, strict=True)):
-            write_atomic(manifest.out / path_of(i), file.data)
+            write_atomic(manifest.out / path_of(i), file.data, manifest.scratch)
             listed[plural].append(
                 {
                     "file": path_of(i),
@@ -355,7 +355,7 @@ def _finish(
         "shards": [{"start": r.shard.start, "stop": r.shard.stop, "sha256": r.checksum} for r in records],
     }
     if done and (manifest.read() or {}).get("shards") != latest["shards"]:
-        write_labels(manifest.out, plan, layout, compositor.assets, done)
+        write_labels(manifest, plan, layout, compositor.assets, done)
         manifest.write(latest)
     sink.finish(done)
     return latest
@@ -383,9 +383,8 @@ def _join_records(manifest: Manifest, compositor: Compositor, sink: sinks.Sink) 
             {kind: Moments.total(piece.moments[kind] for piece in pieces) for kind in kinds},
         )
         manifest.record(whole)
-        for piece in pieces:
-            manifest.forget(piece.shard)
         joined.append(whole)
+    manifest.forget_all_but(joined)
     return joined
 
 
@@ -523,7 +522,11 @@ class _Pipeline:
 
     def _commit(self, shard: _OpenShard) -> None:
         """In the committing thread: durable, visible, recorded, in this order."""
-        self.sink.sync()
-        shard.writer.commit()
+        try:
+            self.sink.sync()
+            shard.writer.commit()
+        except BaseException:
+            shard.writer.abandon()
+            raise
         self.manifest.record(ShardRecord(shard.shard, shard.checksum.hexdigest(), shard.size_bytes, shard.moments))
         self.committed += len(shard.shard)

@@ -6,10 +6,10 @@ A picture's kind is told by its folder (``fg_bg/``, wherever in the path it stan
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import tarfile
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -147,32 +147,27 @@ def _zip(path: Path) -> Iterator[StoredPicture]:
                 kind,
                 f"{path}:{info.filename}",
                 info.file_size,
-                lambda info=info: archive.read(info),  # type: ignore[misc]
+                functools.partial(archive.read, info),
             )
 
 
 def _tar(path: Path) -> Iterator[StoredPicture]:
-    file = path.open("rb")
-    lock = threading.Lock()
-
     def read(offset: int, size: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(file.fileno(), size, offset)
-        with lock:
+        with path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
 
-    with tarfile.open(path) as archive:
+    try:
+        archive = tarfile.open(path, "r:")  # noqa: SIM115
+    except tarfile.ReadError:
+        raise DatasetError(f"{printable(path)}: a compressed tar file: unpack it first") from None
+    with archive:
         for info in archive:
             kind = kind_of(info.name)
-            archive.members = []  # type: ignore[attr-defined]  # or it keeps every member, and memory grows with the archive
+            archive.members = []  # type: ignore[attr-defined]  # or it keeps all, and memory grows with the archive
             if kind and info.isfile():
-                offset, size = info.offset_data, info.size
                 yield StoredPicture(
-                    kind,
-                    f"{path}:{info.name}",
-                    size,
-                    lambda o=offset, s=size: read(o, s),  # type: ignore[misc]
+                    kind, f"{path}:{info.name}", info.size, functools.partial(read, info.offset_data, info.size)
                 )
 
 

@@ -9,6 +9,7 @@ Only another Pillow release may shade a few outline pixels differently.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -1065,7 +1066,9 @@ def draw_figure(index: int, height: int = 210) -> NDArray[np.uint8]:
     return picture[:, ::-1].copy() if turn % 2 else picture
 
 
-def write_sample_assets(folder: Path, n_backgrounds: int = 10, n_foregrounds: int = 10) -> tuple[Path, Path]:
+def write_sample_assets(
+    folder: str | os.PathLike[str], n_backgrounds: int = 10, n_foregrounds: int = 10
+) -> tuple[Path, Path]:
     """Write sample backgrounds (448 x 448 JPEG) and foregrounds (PNG, 210 high) as files.
 
     Parameters
@@ -1089,7 +1092,7 @@ def write_sample_assets(folder: Path, n_backgrounds: int = 10, n_foregrounds: in
     """
     if min(n_backgrounds, n_foregrounds) < 0:
         raise ValueError(f"counts must be 0 or more, got {n_backgrounds} and {n_foregrounds}")
-    backgrounds, foregrounds = folder / "backgrounds", folder / "foregrounds"
+    backgrounds, foregrounds = Path(folder) / "backgrounds", Path(folder) / "foregrounds"
     for path in (backgrounds, foregrounds):
         path.mkdir(parents=True, exist_ok=True)
     for index in range(n_backgrounds):

@@ -13,6 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -139,12 +140,11 @@ class ZipSink:
                         for name, data, _ in entries(file):
                             yield name, data
                 return
-            with zipfile.ZipFile(self.file) as archive:
-                for stem in self.layout.stems(self.plan.placements(range(shard.start, shard.stop))):
-                    for kind in SAMPLE_KINDS:
-                        path = Layout.sample_path(kind, stem)
-                        if kind != "depth":
-                            yield path, archive.read(path)
+            for stem in self.layout.stems(self.plan.placements(range(shard.start, shard.stop))):
+                for kind in SAMPLE_KINDS:
+                    path = Layout.sample_path(kind, stem)
+                    if kind != "depth":
+                        yield path, self._archive.read(path)
         except (OSError, KeyError, zipfile.BadZipFile, struct.error) as error:
             raise DatasetError(f"{printable(self.file)}: can't be read: {error}") from None
 
@@ -153,7 +153,7 @@ class ZipSink:
         pieces = self._found()
         complete = list(done) == [Shard(0, len(self.plan))]
         if pieces:
-            writer = _ZipFile(self.out / ".dataset.zip.tmp")
+            writer = _ZipFile(self.out / STATE / "dataset.tmp")
             try:
                 for path in self._own_files():
                     name, data = path.relative_to(self.out).as_posix(), path.read_bytes()
@@ -169,8 +169,14 @@ class ZipSink:
                 writer.abandon()
                 writer.temporary.unlink(missing_ok=True)
                 raise
-        if complete:
-            remove_tree(self.parts)
+        used = self.parts.with_name("parts.used")
+        if complete and pieces:  # all at once: a kill between two removals would leave parts that make no whole
+            self.parts.rename(used)
+        remove_tree(used)
+
+    @cached_property
+    def _archive(self) -> zipfile.ZipFile:
+        return zipfile.ZipFile(self.file)
 
     def _parts_of(self, whole: Shard, pieces: list[Shard]) -> list[Shard]:
         parts = tiling(pieces, whole)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from gpufgbg.exceptions import DatasetError, printable
 from gpufgbg.layout import TAR_SUFFIXES, Layout
-from gpufgbg.manifest import tiling
+from gpufgbg.manifest import STATE, tiling
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.sinks import EncodedSamples, FileShard
 
@@ -67,6 +67,7 @@ class TarSink:
 
     def __init__(self, out: Path, plan: Plan, layout: Layout) -> None:
         self.folder = out / "shards"
+        self.state = out / STATE
         self.plan = plan
         self.layout = layout
 
@@ -133,7 +134,7 @@ class TarSink:
             pieces, whole = self._pieces(cell), self.path(cell)
             order = tiling(pieces, cell)
             if order and not whole.exists():
-                writer = _TarShard(whole.with_suffix(".tmp"), whole)
+                writer = _TarShard(self.state / "joined.tmp", whole)
                 for piece in order:
                     with self.path(piece).open("rb") as file:
                         for name, data in members(file):

@@ -1,0 +1,176 @@
+"""The command line itself: help, exit codes, JSON, progress, signals."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import oracle
+import pytest
+from conftest import start
+
+from gpufgbg import __version__
+from gpufgbg.cli import build_parser
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (actions,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(actions.choices)
+
+
+def options() -> list[tuple[str, argparse.Action]]:
+    return [(name, action) for name, parser in commands().items() for action in parser._actions]
+
+
+def test_the_commands():
+    assert list(commands()) == ["generate", "demo", "stats", "verify", "preview"]
+
+
+@pytest.mark.parametrize(("command", "action"), options(), ids=lambda v: getattr(v, "dest", v))
+def test_every_option_has_help(command, action):
+    assert action.help and action.help != argparse.SUPPRESS
+
+
+def test_readme_and_options_are_in_step():
+    text = README.read_text()
+    for command, action in options():
+        assert f"gpufgbg {command}" in text
+        for name in action.option_strings:
+            if name.startswith("--") and name not in ("--help", "--no-optimize"):
+                assert f"`{name}" in text, f"README does not say {name} of {command}"
+    known = {name for _, action in options() for name in action.option_strings}
+    for name in re.findall(r"`(--[a-z-]+)", text):
+        assert name in known, f"README says {name}, which is not an option"
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in commands())])
+def test_help_is_printed(run, command):
+    code, printed, error = run(*command, "--help")
+    assert (code, error) == (0, "") and printed.startswith("usage: gpufgbg")
+
+
+def test_version(run):
+    assert run("--version") == (0, f"gpufgbg {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["make"], "invalid choice"),
+        (["stats"], "DATASET"),
+        (["stats", "x", "--nope"], "--nope"),
+        (["generate", "--back", "x"], "required"),
+    ],
+)
+def test_bad_usage_is_one_line(run, arguments, message):
+    code, printed, error = run(*arguments)
+    assert (code, printed) == (2, "") and message in error and error.count("\n") == 1
+
+
+def test_generate_prints_the_table_and_plain_progress(run, arguments, tmp_path):
+    code, printed, error = run(*arguments)
+    assert code == 0
+    lines = printed.splitlines()
+    assert lines[0].split() == ["kind", "folder", "count", "size", "mean", "std"]
+    assert lines[4].startswith("composite ") and lines[5].startswith("composite mask")
+    assert re.fullmatch(rf"48 samples in [\d.]+ s, [\d,]+/s; {re.escape(str(tmp_path / 'out'))}: complete", lines[-1])
+    assert re.search(r"^48 of 48 samples \(100 %\), 0 s left, [\d,]+/s$", error, re.MULTILINE)
+    assert "\r" not in error and "\x1b" not in error
+
+
+def test_generate_as_json(run, arguments, tmp_path):
+    code, printed, error = run(*arguments, "--json", "--samples", "0:30")
+    report = json.loads(printed)
+    assert (code, error) == (0, "")
+    assert {k: report[k] for k in ("samples", "done", "total", "complete")} == {
+        "samples": 30, "done": 30, "total": 48, "complete": False,
+    }  # fmt: skip
+    assert len(report["statistics"]["composite"]["mean"]) == 3
+    code, printed, _ = run(*arguments)
+    assert code == 0 and "18 samples in" in printed and "complete" in printed
+
+
+def test_progress_is_a_bar_on_a_terminal(arguments):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    with subprocess.Popen(
+        [sys.executable, "-m", "gpufgbg", *arguments, "--per-pair=100"], stdout=subprocess.PIPE, stderr=follower
+    ) as process:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                part = os.read(leader, 4096)
+            except OSError:
+                break
+            if not part:
+                break
+            shown += part
+        process.communicate()
+    os.close(leader)
+    assert process.returncode == 0
+    assert b"\r" in shown and b"samples/s" in shown and b"100%" in shown
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_interrupted_by_a_signal_and_continued(arguments, tmp_path, sent, code):
+    big = [*arguments, "--per-pair=1000"]
+    with start(*big) as process:
+        folder = tmp_path / "out" / ".gpufgbg" / "runs"
+        deadline = time.monotonic() + 60
+        while not (folder.is_dir() and any(folder.iterdir())) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.send_signal(sent)
+        printed, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    assert printed == ""
+    assert re.fullmatch(
+        r"gpufgbg: interrupted: [\d,]+ of 24,000 samples are safe; the same command continues", error.splitlines()[-1]
+    )
+    assert not any(folder.iterdir())
+    with start(*arguments, f"--out={tmp_path / 'other'}") as process:
+        assert process.wait(60) == 0
+
+
+def test_demo(run, tmp_path):
+    from PIL import Image
+
+    code, printed, error = run("demo", tmp_path / "demo")
+    assert code == 0, error
+    dataset = tmp_path / "demo" / "dataset"
+    samples = oracle.samples_of(dataset)
+    assert len(samples) == 200
+    for name, x, y in samples[::9]:
+        for path, data in oracle.expected_files(dataset, name, x, y).items():
+            assert (dataset / path).read_bytes() == data
+    with Image.open(tmp_path / "demo" / "contact_sheet.png") as sheet:
+        assert sheet.width > 2000 and sheet.height > 800
+    assert str(tmp_path / "demo" / "contact_sheet.png") in printed
+    assert run("demo", tmp_path / "demo")[0] == 0  # again: nothing to do
+    assert run("verify", dataset, "--rerender", 20)[0] == 0
+
+
+def test_demo_keeps_away_from_other_peoples_folders(refused, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("dear")
+    assert "not a demo of ours" in refused("demo", tmp_path / "full", out=tmp_path / "full")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there(refused, arguments, device):
+    assert "--device cpu or auto" in refused(*arguments, f"--device={device}")
