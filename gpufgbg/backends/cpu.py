@@ -38,6 +38,12 @@ def _copy(to, source):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def _clear(to):  # type: ignore[no-untyped-def]
+    for i in range(to.size):
+        to[i] = 0
+
+
+@_compiled
 def _make_table(pixels, mask, width, flip, keep, add, matte, spans):  # type: ignore[no-untyped-def]
     """A foreground as the blend wants it, a byte lane each: 255 - alpha, foreground * alpha + 128, blended mask.
 
@@ -85,17 +91,17 @@ def _render(  # type: ignore[no-untyped-def]
                 at = row * stride + 3 * x
                 _copy(picture[at : at + 3 * w], behind[at : at + 3 * w])
                 at = row * frame_width + x
-                frame[at : at + w] = 0
+                _clear(frame[at : at + w])
         else:
             _copy(picture, behind)
-            frame[:] = 0
+            _clear(frame)
         x, y, w, h = x_of[n], y_of[n], width_of[n], height_of[n]
         held[n, 0], held[n, 1], held[n, 2], held[n, 3], held[n, 4] = background_of[n], x, y, w, h
         lanes = 3 * w
         plus, square = added[:lanes], squared[:lanes]
         for block in range(0, h, 256):  # 256 rows of differences fit 32 bits
-            plus[:] = 0
-            square[:] = 0
+            _clear(plus)
+            _clear(square)
             for row in range(block, min(h, block + 256)):
                 at = start_of[n] + row * w
                 to = (y + row) * frame_width + x
