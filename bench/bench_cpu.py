@@ -25,7 +25,7 @@ import numpy as np
 from pillow_recipe import PillowRecipe
 
 from gpufgbg import Compositor, Recipe, prepare
-from gpufgbg.pipeline import BATCH
+from gpufgbg.cpu_pipeline import BATCH
 from gpufgbg.sample_assets import write_sample_assets
 
 CHUNK = 600  # samples a round
@@ -53,8 +53,8 @@ def encode(compositor: Compositor, placements, workers: int) -> None:
 
     def part(start: int) -> None:
         images, masks, _ = backend.render_reusing(placements[start : start + BATCH], BATCH)
-        backend.encode(images, 65, "420", True)
-        backend.encode(masks, 65, "420", True)
+        backend.encode(images)
+        backend.encode(masks)
 
     each(part, range(0, len(placements), BATCH), workers)
 
@@ -77,8 +77,8 @@ def check(compositor: Compositor, pillow: PillowRecipe, placements) -> None:
     for n, (composite, mask) in enumerate(pillow.render(some)):
         assert (np.asarray(composite) == batch.image[n]).all() and (np.asarray(mask) == batch.mask[n]).all()
     ours = zip(
-        compositor.backend.encode(batch.image, 65, "420", True),
-        compositor.backend.encode(batch.mask, 65, "420", True),
+        compositor.backend.encode(batch.image),
+        compositor.backend.encode(batch.mask),
         strict=True,
     )
     assert list(ours) == list(pillow.encode(some))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         OptionError,
         StorageError,
     )
+    from gpufgbg.jpeg import EncodedImages, JpegEncoder
     from gpufgbg.moments import Moments
     from gpufgbg.pipeline import GenerateReport, generate
     from gpufgbg.recipe import Placements, Plan, Recipe
@@ -33,11 +34,13 @@ __all__ = [
     "Compositor",
     "DatasetError",
     "DeviceError",
+    "EncodedImages",
     "GenerateReport",
     "GpufgbgError",
     "GpufgbgWarning",
     "InputError",
     "Interrupted",
+    "JpegEncoder",
     "Moments",
     "OptionError",
     "Placements",
@@ -56,6 +59,7 @@ _MODULES = {
         "DatasetError", "DeviceError", "GpufgbgError", "GpufgbgWarning", "InputError", "Interrupted",
         "OptionError", "StorageError",
     ),
+    "jpeg": ("EncodedImages", "JpegEncoder"),
     "pipeline": ("GenerateReport", "generate"),
     "moments": ("Moments",),
     "recipe": ("Placements", "Plan", "Recipe"),

@@ -30,6 +30,7 @@ from gpufgbg.pictures import (
     list_pictures,
     quiet_decoding,
     raise_all,
+    read_file,
     read_picture,
 )
 from gpufgbg.recipe import Recipe
@@ -82,9 +83,9 @@ class Sources:
 
         def digest(path: Path) -> str:
             try:
-                return hashlib.sha256(path.read_bytes()).hexdigest()
-            except OSError as error:
-                problems.append(f"{printable(path)}: can't be read: {error.strerror}")
+                return hashlib.sha256(read_file(path)).hexdigest()
+            except PictureError as error:
+                problems.append(f"{printable(path)}: {error}")
                 return ""
 
         sums = {

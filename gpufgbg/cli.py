@@ -218,6 +218,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    from gpufgbg.backends import why_cpu
     from gpufgbg.pipeline import generate
     from gpufgbg.report import format_table
 
@@ -252,6 +253,7 @@ def _generate(options: argparse.Namespace) -> int:
                 "done": report.done,
                 "total": report.total,
                 "complete": report.complete,
+                "device": report.device,
                 "seconds": round(report.seconds, 3),
                 "bytes": report.size_bytes,
                 "statistics": {k: m.to_dict(summary=True) for k, m in report.statistics.items()},
@@ -262,6 +264,8 @@ def _generate(options: argparse.Namespace) -> int:
     rate = f", {report.samples / report.seconds:,.0f}/s" if report.samples else ""
     state = "complete" if report.complete else f"{report.done:,} of {report.total:,} samples"
     print(f"{report.samples:,} samples in {report.seconds:.1f} s{rate}; {printable(report.out)}: {state}")
+    if reason := why_cpu(options.device):
+        print(f"made on the CPU: {reason}")
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,19 +43,24 @@ class Batch:
     Attributes
     ----------
     image : (N, H, W, 3) uint8
-        Composites, RGB.
+        Composites, RGB; NumPy on the CPU, CuPy on a card.
     mask : (N, H, W) uint8
         Their masks.
     labels : Placements
         Index, background, foreground, repetition, flip, x, y of each sample.
-    moments : dict of str to Moments
-        Exact sums of this batch, under ``composite`` and ``composite_mask``.
     """
 
     image: Any
     mask: Any
     labels: Placements
-    moments: dict[str, Moments]
+    _pending: tuple[backends.PendingMoments, ...] = field(repr=False)
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """Exact sums of this batch, under ``composite`` and ``composite_mask``; waits for the device."""
+        parts = [pending.get() for pending in self._pending]
+        kinds = ("composite", "composite_mask")
+        return {kind: Moments.total(part[kind] for part in parts) for kind in kinds}
 
 
 class Compositor:
@@ -123,17 +129,17 @@ class Compositor:
         """
         placements = self.plan.placements(np.asarray(indices))
         composites, masks = self.backend.frames(len(placements))
+        if self.backend.name != "cpu":
+            return Batch(composites, masks, placements, (self.backend.render(placements, composites, masks),))
         step = max(1, -(-len(placements) // self.workers))
         parts = [slice(at, at + step) for at in range(0, len(placements), step)]
 
-        def render(part: slice) -> dict[str, Moments]:
+        def render(part: slice) -> backends.PendingMoments:
             return self.backend.render(placements[part], composites[part], masks[part])
 
         if len(parts) > 1:
             with ThreadPoolExecutor(self.workers) as pool:
-                sums = list(pool.map(render, parts))
+                pending = tuple(pool.map(render, parts))
         else:
-            sums = [render(part) for part in parts]
-        kinds = ("composite", "composite_mask")
-        moments = {kind: Moments.total(part[kind] for part in sums) for kind in kinds}
-        return Batch(composites, masks, placements, moments)
+            pending = tuple(map(render, parts))
+        return Batch(composites, masks, placements, pending)

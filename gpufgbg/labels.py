@@ -1,24 +1,25 @@
 """Label files: the original's text a background, and one table of everything, labels.parquet.
 
-Both are pure functions of the plan and the assets, so they are written when a run ends, for the samples that are
-there.
+Both are pure functions of the plan and the foregrounds' masks, so they can be written at any time; they become the
+data set's when a run ends, for the samples that are there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.assets import Assets
-from gpufgbg.files import atomic_path, write_atomic
+from gpufgbg.files import fsync_folder, remove_tree, sync_file_system
 from gpufgbg.layout import Layout
-from gpufgbg.manifest import Manifest, missing
+from gpufgbg.manifest import missing
 from gpufgbg.recipe import Plan, Shard
 
-__all__ = ["write_labels"]
+__all__ = ["LabelJob", "mask_areas", "publish_labels", "write_labels"]
 
 _ROWS = 1 << 16  # of a row group; what is in memory at a time
 
@@ -33,31 +34,48 @@ def mask_areas(assets: Assets) -> npt.NDArray[np.int32]:
     return np.add.reduceat(white, assets.offsets[:-1], dtype=np.int32)
 
 
-def write_labels(manifest: Manifest, plan: Plan, layout: Layout, assets: Assets, done: Sequence[Shard]) -> None:
-    """Write labels/ and labels.parquet for the samples ``done`` (sorted, disjoint), atomically."""
+@dataclass(frozen=True)
+class LabelJob:
+    """Label files to be written ahead, below ``folder``, for the samples ``done`` that a run will end with."""
+
+    folder: Path
+    areas: npt.NDArray[np.int32]
+    done: list[Shard]
+
+
+def write_labels(folder: Path, plan: Plan, areas: npt.NDArray[np.int32], done: Sequence[Shard]) -> None:
+    """Write labels/ and labels.parquet below ``folder`` for the samples ``done`` (sorted, disjoint).
+
+    ``areas`` are those of `mask_areas`. `publish_labels` makes them the data set's.
+    """
+    layout = Layout.of(plan)
+    remove_tree(folder)
+    (folder / "labels").mkdir(parents=True)
     for b in range(plan.n_backgrounds):
         whole = Shard(b * plan.per_background, (b + 1) * plan.per_background)
-        gaps = missing(whole, list(done))
-        present = missing(whole, gaps)
-        if present:
-            lines: list[str] = []
+        present = missing(whole, missing(whole, list(done)))
+        if not present:
+            continue
+        with (folder / layout.label_file(b)).open("w", encoding="ascii", newline="\n") as file:
             for part in present:
                 placements = plan.placements(np.arange(part.start, part.stop))
-                lines.extend(
-                    f"{stem}.jpg\t{x}\t{y}\n"
-                    for stem, x, y in zip(
-                        layout.stems(placements),
-                        placements.x.tolist(),
-                        placements.y.tolist(),
-                        strict=True,
-                    )
-                )
-            write_atomic(manifest.out / layout.label_file(b), "".join(lines).encode(), manifest.scratch)
-    with atomic_path(manifest.out / "labels.parquet", manifest.scratch) as path:
-        _write_table(path, plan, layout, assets, done)
+                stems, x, y = layout.stems(placements), placements.x.tolist(), placements.y.tolist()
+                file.writelines(f"{s}.jpg\t{u}\t{v}\n" for s, u, v in zip(stems, x, y, strict=True))
+    _write_table(folder / "labels.parquet", plan, layout, areas, done)
 
 
-def _write_table(path: Path, plan: Plan, layout: Layout, assets: Assets, done: Sequence[Shard]) -> None:
+def publish_labels(folder: Path, out: Path) -> None:
+    """Make what `write_labels` wrote below ``folder`` durable, and then the data set's at ``out``."""
+    sync_file_system(folder)
+    (out / "labels").mkdir(exist_ok=True)
+    for path in sorted((folder / "labels").iterdir()):
+        path.replace(out / "labels" / path.name)
+    (folder / "labels.parquet").replace(out / "labels.parquet")
+    fsync_folder(out / "labels")
+    fsync_folder(out)
+
+
+def _write_table(path: Path, plan: Plan, layout: Layout, areas: npt.NDArray[np.int32], done: Sequence[Shard]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -65,7 +83,6 @@ def _write_table(path: Path, plan: Plan, layout: Layout, assets: Assets, done: S
         "background": pa.array([layout.background(b) for b in range(plan.n_backgrounds)]),
         "foreground": pa.array([layout.foreground(f) for f in range(plan.n_foregrounds)]),
     }
-    areas = mask_areas(assets)
     word = pa.dictionary(pa.int32(), pa.string())
     schema = pa.schema(
         [("index", pa.int64()), ("name", pa.string()), ("background", word), ("foreground", word),
@@ -86,8 +103,8 @@ def _write_table(path: Path, plan: Plan, layout: Layout, assets: Assets, done: S
                     pa.array(p.flip),
                     pa.array(p.x),
                     pa.array(p.y),
-                    pa.array(assets.widths[f]),
-                    pa.array(assets.heights[f]),
+                    pa.array(plan.foreground_widths[f].astype(np.int32)),
+                    pa.array(plan.foreground_heights[f].astype(np.int32)),
                     pa.array(areas[f]),
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))

@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gpufgbg.exceptions import DatasetError, printable
-from gpufgbg.files import fsync_folder, remove_tree, write_atomic
+from gpufgbg.files import fsync_folder, remove_tree, sync_file_system, write_atomic
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Recipe, Shard
 
@@ -243,10 +243,21 @@ class Manifest:
 
     # -- shards -------------------------------------------------------------------------------------
 
-    def record(self, record: ShardRecord) -> None:
-        """Commit: from here on the shard counts as made."""
-        text = json.dumps(record.to_dict(), indent=1) + "\n"
-        write_atomic(self.state / "shards" / f"{record.shard.name}.json", text.encode(), self.scratch)
+    def record(self, records: Iterable[ShardRecord]) -> None:
+        """Commit: from here on these shards count as made."""
+        folder = self.state / "shards"
+        folder.mkdir(exist_ok=True)
+        self.scratch.mkdir(exist_ok=True)
+        written = []
+        for record in records:
+            text = json.dumps(record.to_dict(), indent=1) + "\n"
+            path = self.scratch / f"{record.shard.name}.json"
+            path.write_text(text)
+            written.append(path)
+        sync_file_system(self.scratch)
+        for path in written:
+            path.replace(folder / path.name)
+        fsync_folder(folder)
 
     def forget_all_but(self, kept: Iterable[ShardRecord]) -> None:
         """Remove the records of pieces that have been joined."""

@@ -178,6 +178,16 @@ def quiet_decoding() -> Iterator[None]:
         yield
 
 
+def read_file(path: Path) -> bytes:
+    """A file's bytes, or `PictureError`."""
+    try:
+        return path.read_bytes()
+    except PermissionError:
+        raise PictureError("no permission to read it") from None
+    except OSError as error:
+        raise PictureError(f"can't be read: {error.strerror}") from None
+
+
 def read_picture(path: Path) -> Picture:
     """A picture file, decoded in full.
 
@@ -186,12 +196,7 @@ def read_picture(path: Path) -> Picture:
     PictureError
         Empty, unreadable, truncated, mislabelled, too large, or of a depth that has no 8-bit meaning.
     """
-    try:
-        data = path.read_bytes()
-    except PermissionError:
-        raise PictureError("no permission to read it") from None
-    except OSError as error:
-        raise PictureError(f"can't be read: {error.strerror}") from None
+    data = read_file(path)
     if not data:
         raise PictureError("zero bytes long")
     expected = FORMATS[path.suffix.lower()]

@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from gpufgbg import sinks
 from gpufgbg._version import versions
@@ -22,17 +18,13 @@ from gpufgbg.backends import check_device
 from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, printable
 from gpufgbg.files import storage_errors, write_atomic
-from gpufgbg.labels import write_labels
+from gpufgbg.labels import LabelJob, mask_areas, publish_labels, write_labels
 from gpufgbg.layout import Layout
 from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, merged, missing
 from gpufgbg.moments import Moments
-from gpufgbg.recipe import Placements, Recipe, Shard
+from gpufgbg.recipe import Recipe, Shard
 
 __all__ = ["GenerateReport", "generate"]
-
-BATCH = 16  # samples a worker renders at a time: their frames (3 MB at 224x224) stay in the cache
-_BATCH_BYTES = 16 << 20  # frames larger than the usual make smaller batches
-_COMMITS = 2  # shards on their way to the disk while the next is made
 
 Progress = Callable[[int, int], None]
 
@@ -48,6 +40,8 @@ class GenerateReport:
         Samples that this run made.
     done, total : int
         Samples that the data set has now, and has when it is complete.
+    device : str
+        Where it made them, for example ``"cpu"`` or ``"cuda:0"``.
     seconds : float
         Wall time of the run.
     counts : dict of str to int
@@ -62,6 +56,7 @@ class GenerateReport:
     samples: int
     done: int
     total: int
+    device: str
     seconds: float
     counts: dict[str, int]
     statistics: dict[str, Moments]
@@ -135,16 +130,26 @@ def generate(
     if batch_size is not None and (not isinstance(batch_size, int) or not 1 <= batch_size <= 65536):
         raise OptionError("batch_size", f"got {batch_size!r}, expected 1 to 65536")
     sources = find_sources(backgrounds, foregrounds, masks)
+    if not os.fspath(out):
+        raise OptionError("out", "got an empty name, expected the data set's folder")
     manifest = Manifest(Path(out))
-    with storage_errors(manifest.out), ExitStack() as held:
+    wanted: Shard | None = None
+
+    def safe() -> str:
+        if wanted is None or not manifest.started:
+            return ""
+        return f"{_overlap(manifest, wanted):,} of {len(wanted):,} samples are safe; "
+
+    with storage_errors(manifest.out, safe), ExitStack() as held:
         manifest.check_free()
         content = manifest.read()
         described = {"recipe": recipe.to_dict(), "sink": sink}
-        source_sums = sources.checksums()
         if content is None:
             assets = prepare_sources(sources, recipe, workers)
+            source_sums = sources.checksums()
         else:
-            _check_same(manifest, content, described, sources, source_sums)
+            source_sums = sources.checksums()
+            _check_same(manifest, content, described, source_sums)
             assets = load_assets(manifest.out, content)
         compositor = Compositor(assets, recipe, device, workers)
         wanted = _part(samples, len(compositor))
@@ -155,28 +160,25 @@ def generate(
             if theirs is None:
                 content = _begin(manifest, described, layout, assets, sources, source_sums)
             elif content is None:  # begun by another process while this one prepared
-                _check_same(manifest, theirs, described, sources, source_sums)
+                _check_same(manifest, theirs, described, source_sums)
                 content = theirs
             assert content is not None
-            records = manifest.records()
-            gaps = missing(wanted, [record.shard for record in records])
+            done = [record.shard for record in manifest.records()]
+            gaps = missing(wanted, done)
             run = held.enter_context(manifest.claim(wanted)) if gaps else None
-        before = sum(len(gap) for gap in gaps)
-        pipeline = _Pipeline(compositor, layout, target, manifest, workers, batch_size)
+        made = sum(len(gap) for gap in gaps)
+        ahead: LabelJob | None = None
         if run is not None:
-            kept = len(wanted) - before
-
-            def safe() -> str:
-                count = kept + pipeline.committed
-                return f"{count:,} of {len(wanted):,} samples are safe; "
-
+            engine = _engine(compositor, target, manifest, workers, batch_size)
+            labels = LabelJob(run / "labels", mask_areas(assets), merged([*done, *gaps]))
+            count = _Count(len(wanted) - made, len(wanted), progress)
             try:
-                with storage_errors(manifest.out, safe):
-                    pipeline.run(gaps, run, kept, len(wanted), progress)
+                if engine.run(gaps, run, count.add, labels):
+                    ahead = labels
             except KeyboardInterrupt:
                 raise Interrupted(f"interrupted: {safe()}the same command continues") from None
         with manifest.locked():
-            latest = _finish(manifest, content, compositor, layout, target)
+            latest = _finish(manifest, content, compositor, layout, target, ahead)
     numbers = latest["counts"]
     counts = {
         "background": numbers["backgrounds"],
@@ -187,8 +189,51 @@ def generate(
     counts.update({kind: m.images for kind, m in statistics.items() if kind not in counts})
     seconds = time.perf_counter() - start
     return GenerateReport(
-        manifest.out, before, numbers["done"], numbers["samples"], seconds, counts, statistics, latest["bytes"]
+        manifest.out,
+        made,
+        numbers["done"],
+        numbers["samples"],
+        compositor.backend.name,
+        seconds,
+        counts,
+        statistics,
+        latest["bytes"],
     )
+
+
+class _Count:
+    """Counts samples as they are made, and tells."""
+
+    def __init__(self, done: int, total: int, progress: Progress | None) -> None:
+        self.done = done
+        self.total = total
+        self.progress = progress
+
+    def add(self, count: int) -> None:
+        """So many more."""
+        self.done += count
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _overlap(manifest: Manifest, part: Shard) -> int:
+    """How many samples of ``part`` are committed."""
+    shards = [record.shard for record in manifest.records()]
+    return len(part) - sum(len(gap) for gap in missing(part, shards))
+
+
+def _engine(
+    compositor: Compositor, sink: sinks.Sink, manifest: Manifest, workers: int, batch_size: int | None
+) -> Any:
+    """The pipeline for the compositor's device."""
+    backend: Any = compositor.backend
+    if backend.name == "cpu":
+        from gpufgbg.cpu_pipeline import CpuPipeline
+
+        return CpuPipeline(backend, compositor.plan, sink, manifest, workers, batch_size)
+    from gpufgbg.cuda_pipeline import CudaPipeline
+
+    return CudaPipeline(backend, compositor.plan, sink, manifest, workers, batch_size)
 
 
 def _part(samples: tuple[int | None, int | None] | None, total: int) -> Shard:
@@ -208,7 +253,6 @@ def _check_same(
     manifest: Manifest,
     content: dict[str, Any],
     described: dict[str, Any],
-    sources: Sources,
     source_sums: dict[str, list[str]],
 ) -> None:
     """Raise `DatasetError` where the data set at the output path was begun with anything else."""
@@ -222,8 +266,8 @@ def _check_same(
     for kind, sums in source_sums.items():
         listed = content["assets"][kind]
         known = [entry["source_sha256"] for entry in listed]
-        if kind == "masks" and not sources.masks:
-            known = [] if content["assets"]["masks_from"] == "alpha" else known
+        if kind == "masks" and content["assets"]["masks_from"] == "alpha":
+            known = []
         if known != sums:
             what = f"{len(known)} {kind} there, {len(sums)} here"
             if len(known) == len(sums):
@@ -329,6 +373,7 @@ def _finish(
     compositor: Compositor,
     layout: Layout,
     sink: sinks.Sink,
+    ahead: LabelJob | None,
 ) -> dict[str, Any]:
     """Join what can be joined, write labels and dataset.json, and return its content. Call it with the lock held."""
     plan = compositor.plan
@@ -355,7 +400,10 @@ def _finish(
         "shards": [{"start": r.shard.start, "stop": r.shard.stop, "sha256": r.checksum} for r in records],
     }
     if done and (manifest.read() or {}).get("shards") != latest["shards"]:
-        write_labels(manifest, plan, layout, compositor.assets, done)
+        if ahead is None or ahead.done != done:  # another process has made samples meanwhile
+            ahead = LabelJob(manifest.scratch / "labels", mask_areas(compositor.assets), done)
+            write_labels(ahead.folder, plan, ahead.areas, done)
+        publish_labels(ahead.folder, manifest.out)
         manifest.write(latest)
     sink.finish(done)
     return latest
@@ -382,7 +430,7 @@ def _join_records(manifest: Manifest, compositor: Compositor, sink: sinks.Sink) 
             {kind: sum(piece.size_bytes[kind] for piece in pieces) for kind in kinds},
             {kind: Moments.total(piece.moments[kind] for piece in pieces) for kind in kinds},
         )
-        manifest.record(whole)
+        manifest.record([whole])
         joined.append(whole)
     manifest.forget_all_but(joined)
     return joined
@@ -394,139 +442,3 @@ def _file_bytes(assets: Assets, kind: str) -> int:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-# -- the pipeline ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class _OpenShard:
-    """A shard that is being filled."""
-
-    shard: Shard
-    folder: Path
-    writer: sinks.ShardWriter
-    placements: Placements
-    checksum: ShardChecksum
-    size_bytes: dict[str, int]
-    moments: dict[str, Moments]
-
-
-class _Pipeline:
-    """Workers render, encode and pack a batch each; this thread takes their packs in order; one more thread commits.
-
-    Batches are handed out a bounded number ahead, and shards are committed a bounded number behind, so memory does
-    not depend on how many samples are made.
-    """
-
-    def __init__(
-        self,
-        compositor: Compositor,
-        layout: Layout,
-        sink: sinks.Sink,
-        manifest: Manifest,
-        workers: int,
-        batch_size: int | None,
-    ) -> None:
-        self.backend = compositor.backend
-        self.plan = compositor.plan
-        self.recipe = compositor.recipe
-        self.layout = layout
-        self.sink = sink
-        self.manifest = manifest
-        self.workers = workers
-        frame_bytes = 4 * self.recipe.width * self.recipe.height
-        self.batch = batch_size or max(1, min(BATCH, _BATCH_BYTES // frame_bytes))
-        self.committed = 0  # samples
-
-    def run(self, gaps: list[Shard], folder: Path, kept: int, total: int, progress: Progress | None) -> None:
-        """Make the samples of ``gaps``; unfinished shards lie in ``folder``."""
-        made, opened = kept, deque[_OpenShard]()
-        commits: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(1, "commit") as committer, ThreadPoolExecutor(self.workers, "render") as pool:
-            pending: deque[tuple[_OpenShard, bool, Future[Any]]] = deque()
-
-            def take() -> None:
-                nonlocal made
-                shard, last, future = pending.popleft()
-                samples, pack, moments = future.result()
-                self._append(shard, samples, pack, moments)
-                made += len(samples.placements)
-                if last:
-                    commits.append(committer.submit(self._commit, shard))
-                    opened.remove(shard)
-                    while len(commits) > _COMMITS:
-                        commits.popleft().result()
-                if progress:
-                    progress(made, total)
-
-            try:
-                for shard in (cut for gap in gaps for cut in self.plan.shards(gap)):
-                    current = self._open(shard, folder)
-                    opened.append(current)
-                    for batch, last in self._batches(len(shard)):
-                        pending.append((current, last, pool.submit(self._make, current, batch)))
-                        while len(pending) > 2 * self.workers + 2:
-                            take()
-                while pending:
-                    take()
-                while commits:
-                    commits.popleft().result()
-            except BaseException:
-                # What is committed stays; what is under way is let go, without waiting for more than a batch.
-                for _, _, future in pending:
-                    future.cancel()
-                pool.shutdown(wait=True)
-                for future in commits:
-                    with suppress(Exception):  # the first error is the one that counts
-                        future.result()
-                for shard_left in opened:
-                    shard_left.writer.abandon()
-                raise
-
-    def _batches(self, count: int) -> Iterator[tuple[slice, bool]]:
-        for start in range(0, count, self.batch):
-            stop = min(start + self.batch, count)
-            yield slice(start, stop), stop == count
-
-    def _open(self, shard: Shard, folder: Path) -> _OpenShard:
-        own = folder / shard.name
-        own.mkdir()
-        placements = self.plan.placements(np.arange(shard.start, shard.stop))
-        return _OpenShard(shard, own, self.sink.open(own, shard), placements, ShardChecksum(), {}, {})
-
-    def _make(self, shard: _OpenShard, batch: slice) -> tuple[sinks.EncodedSamples, Any, dict[str, Moments]]:
-        """In a worker: render, encode and pack a batch."""
-        recipe, backend = self.recipe, self.backend
-        placements = shard.placements[batch]
-        composites, masks, moments = backend.render_reusing(placements, self.batch)
-        options = (recipe.quality, recipe.subsampling, recipe.optimize)
-        samples = sinks.EncodedSamples(
-            placements,
-            self.layout.stems(placements),
-            {
-                "composite": backend.encode(composites, *options),
-                "composite_mask": backend.encode(masks, *options),
-            },
-        )
-        return samples, self.sink.pack(samples, shard.folder), moments
-
-    @staticmethod
-    def _append(shard: _OpenShard, samples: sinks.EncodedSamples, pack: Any, moments: dict[str, Moments]) -> None:
-        shard.writer.append(pack)
-        for path, data in samples.items():
-            shard.checksum.add(path, data)
-        for kind, files in samples.files.items():
-            shard.size_bytes[kind] = shard.size_bytes.get(kind, 0) + sum(map(len, files))
-            shard.moments[kind] = shard.moments.get(kind, Moments()) + moments[kind]
-
-    def _commit(self, shard: _OpenShard) -> None:
-        """In the committing thread: durable, visible, recorded, in this order."""
-        try:
-            self.sink.sync()
-            shard.writer.commit()
-        except BaseException:
-            shard.writer.abandon()
-            raise
-        self.manifest.record(ShardRecord(shard.shard, shard.checksum.hexdigest(), shard.size_bytes, shard.moments))
-        self.committed += len(shard.shard)

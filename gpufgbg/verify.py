@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from gpufgbg import sinks
+from gpufgbg.backends.cpu import encode_jpeg
 from gpufgbg.compositor import Compositor
 from gpufgbg.exceptions import DatasetError, OptionError, printable
 from gpufgbg.layout import Layout
 from gpufgbg.manifest import ShardChecksum, merged, open_dataset
-from gpufgbg.pipeline import BATCH, load_assets
+from gpufgbg.pipeline import load_assets
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.sinks import EncodedSamples
 
 __all__ = ["VerifyReport", "verify"]
 
+_BATCH = 64  # samples rendered again at a time
 _NAMED = 20  # faults of one sort that are named one by one
 
 
@@ -217,14 +219,14 @@ def _chosen(done: list[Shard], count: int) -> list[int]:
 
 def _rendered(compositor: Compositor, layout: Layout, indices: list[int]) -> dict[str, bytes]:
     """The files of these samples, made again."""
-    recipe, backend = compositor.recipe, compositor.backend
+    recipe = compositor.recipe
     options = (recipe.quality, recipe.subsampling, recipe.optimize)
     files: dict[str, bytes] = {}
-    for start in range(0, len(indices), BATCH):
-        batch = compositor.render(indices[start : start + BATCH])
+    for start in range(0, len(indices), _BATCH):
+        batch = compositor.render(indices[start : start + _BATCH])
         encoded = {
-            "composite": backend.encode(batch.image, *options),
-            "composite_mask": backend.encode(batch.mask, *options),
+            "composite": encode_jpeg(batch.image, *options),
+            "composite_mask": encode_jpeg(batch.mask, *options),
         }
         files.update(EncodedSamples(batch.labels, layout.stems(batch.labels), encoded).items())
     return files

@@ -20,7 +20,7 @@ import oracle
 import pytest
 from conftest import start
 
-from gpufgbg import __version__
+from gpufgbg import __version__, backends
 from gpufgbg.cli import build_parser
 
 README = Path(__file__).parents[1] / "README.md"
@@ -82,7 +82,7 @@ def test_bad_usage_is_one_line(run, arguments, message):
 
 
 def test_generate_prints_the_table_and_plain_progress(run, arguments, tmp_path):
-    code, printed, error = run(*arguments)
+    code, printed, error = run(*arguments, "--device=cpu")
     assert code == 0
     lines = printed.splitlines()
     assert lines[0].split() == ["kind", "folder", "count", "size", "mean", "std"]
@@ -173,4 +173,16 @@ def test_demo_keeps_away_from_other_peoples_folders(refused, tmp_path):
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_device_that_is_not_there(refused, arguments, device):
-    assert "--device cpu or auto" in refused(*arguments, f"--device={device}")
+    if backends.why_cpu("auto") is None:
+        device = "cuda:99"
+    error = refused(*arguments, f"--device={device}")
+    assert f"device cuda:{device.partition(':')[2] or 0}: " in error and "use --device cpu" in error
+
+
+def test_auto_says_why_it_runs_on_the_cpu(run, arguments):
+    reason = backends.why_cpu("auto")
+    if reason is None:
+        pytest.skip("this machine has a CUDA device")
+    code, printed, _ = run(*arguments)
+    assert code == 0 and printed.splitlines()[-1] == f"made on the CPU: {reason}"
+    assert "on the CPU" not in run(*arguments, "--device=cpu")[1]

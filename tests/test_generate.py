@@ -230,12 +230,15 @@ def test_killed_at_every_step_of_committing_and_finishing(make, tmp_path, monkey
         (manifest.Manifest, "forget_all_but"),
         (manifest.Manifest, "write"),
         (pipeline, "write_labels"),
-        (FileShard, "commit"),
-        (tree._TreeShard, "commit"),
+        (pipeline, "publish_labels"),
+        (FileShard, "close"),
+        (tree.TreeSink, "publish"),
+        (tar.TarSink, "publish"),
+        (stored_zip.ZipSink, "publish"),
         (tar.TarSink, "finish"),
         (stored_zip.ZipSink, "finish"),
         (stored_zip._ZipFile, "close"),
-        (labels, "write_atomic"),
+        (labels, "sync_file_system"),
         (files, "fsync_folder"),
     ]
     for number, (owner, name) in enumerate(places):

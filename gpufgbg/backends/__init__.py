@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gpufgbg.exceptions import DeviceError, OptionError
+import numpy as np
+import numpy.typing as npt
+
+from gpufgbg.exceptions import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from gpufgbg.assets import Assets
     from gpufgbg.moments import Moments
     from gpufgbg.recipe import Placements, Recipe
@@ -22,21 +23,22 @@ __all__ = ["Backend", "select"]
 
 
 class Backend(Protocol):
-    """What a device can do. Arrays live in the device's memory; see `gpufgbg.backends.cpu` for the CPU's."""
+    """What every device can do. Arrays live in the device's memory."""
 
     name: str
 
     def frames(self, count: int) -> tuple[Any, Any]:
         """Uninitialised composites (count, H, W, 3) and masks (count, H, W), uint8, for `render` to fill."""
 
-    def render(self, placements: Placements, composites: Any, masks: Any) -> dict[str, Moments]:
-        """Fill composites and masks of N placements; their moments by kind."""
+    def render(self, placements: Placements, composites: Any, masks: Any) -> PendingMoments:
+        """Fill composites and masks of N placements; the result gives their moments."""
 
-    def render_reusing(self, placements: Placements, capacity: int) -> tuple[Any, Any, dict[str, Moments]]:
-        """Composites, masks and moments, in frames that the backend keeps: valid until this thread's next call."""
 
-    def encode(self, pictures: Any, quality: int, subsampling: str, optimize: bool) -> Sequence[bytes]:
-        """Pictures (N, H, W, 3) or (N, H, W) as JPEG files."""
+class PendingMoments(Protocol):
+    """Moments that may still be under way."""
+
+    def get(self) -> dict[str, Moments]:
+        """The moments by kind; waits for them."""
 
 
 def check_device(device: str) -> str:
@@ -46,12 +48,25 @@ def check_device(device: str) -> str:
     return device
 
 
+def blended_mask_sums(assets: Assets) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(F,) sums and sums of squares of each foreground's composite mask.
+
+    A mask lies inside the frame as a whole, so they don't depend on where it lies.
+    """
+    blended = assets.masks.astype(np.uint16) ** 2 + np.uint16(128)
+    blended = (blended + (blended >> 8)) >> 8
+    starts = assets.offsets[:-1]
+    squares = np.add.reduceat(blended.astype(np.uint32) ** 2, starts, dtype=np.int64)
+    return np.add.reduceat(blended, starts, dtype=np.int64), squares
+
+
 def select(device: str, assets: Assets, recipe: Recipe) -> Backend:
     """The backend for ``device``, loaded with the assets.
 
     Parameters
     ----------
     device : {"auto", "cpu", "cuda", "cuda:N"}
+        ``auto`` takes the first CUDA device where there is one, and the CPU elsewhere.
 
     Raises
     ------
@@ -60,8 +75,20 @@ def select(device: str, assets: Assets, recipe: Recipe) -> Backend:
     DeviceError
         The device is not there.
     """
-    if check_device(device).startswith("cuda"):
-        raise DeviceError(f"device {device}: this version has no CUDA engine yet: use --device cpu or auto")
+    kind, _, number = check_device(device).partition(":")
+    if kind == "cuda" or (kind == "auto" and why_cpu(device) is None):
+        from gpufgbg.backends.cuda import CudaBackend
+
+        return CudaBackend(assets, recipe, int(number or 0))
     from gpufgbg.backends.cpu import CpuBackend
 
     return CpuBackend(assets, recipe)
+
+
+def why_cpu(device: str) -> str | None:
+    """Why ``auto`` means the CPU on this machine; None where it does not, or where another device is named."""
+    if check_device(device) != "auto":
+        return None
+    from gpufgbg.backends.cuda import why_not
+
+    return why_not()

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.assets import Assets
+from gpufgbg.backends import blended_mask_sums
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Placements, Recipe
 
-__all__ = ["CpuBackend", "moments"]
+__all__ = ["CpuBackend", "encode_jpeg", "moments"]
 
 _TABLE_BYTES = 128 << 20  # tables of more foregrounds than fit are made again for every chunk
 _PIXEL_BYTES = 10  # of a foreground's pixel in the tables
@@ -154,8 +155,29 @@ def moments(pictures: npt.NDArray[np.uint8]) -> Moments:
     return Moments(count, pixels, tuple(sums[0].tolist()), tuple(sums[1].tolist()))
 
 
+def encode_jpeg(pictures: npt.NDArray[np.uint8], quality: int, subsampling: str, optimize: bool) -> list[bytes]:
+    """Pictures (N, H, W, 3) RGB or (N, H, W) grey, uint8, as baseline JPEG files, equal to Pillow's.
+
+    Pillow's own encoder holds the interpreter's lock; imagecodecs' calls the same library without it.
+    """
+    chroma = subsampling if pictures.ndim == 4 else None
+    encode = imagecodecs.jpeg8_encode
+    return [bytes(encode(picture, level=quality, subsampling=chroma, optimize=optimize)) for picture in pictures]
+
+
 # keep, add, matte, spans; and the pixel and the row where each (foreground, flip) starts
 _Tables = tuple[tuple[npt.NDArray[Any], ...], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+class Done:
+    """Moments that are there; the twin of the CUDA backend's `Pending`."""
+
+    def __init__(self, moments: dict[str, Moments]) -> None:
+        self._moments = moments
+
+    def get(self) -> dict[str, Moments]:
+        """The moments, by kind."""
+        return self._moments
 
 
 class CpuBackend:
@@ -179,11 +201,7 @@ class CpuBackend:
         parts = [moments(frame[None]) for frame in frames]
         self._background_sums = np.array([m.sum for m in parts], np.int64)
         self._background_squares = np.array([m.sum_of_squares for m in parts], np.int64)
-        # A mask lies inside the frame as a whole, so its sums don't depend on where it lies.
-        blended = assets.masks.astype(np.uint16) ** 2 + np.uint16(128)
-        blended = (blended + (blended >> 8)) >> 8
-        self._mask_sums = np.add.reduceat(blended, assets.offsets[:-1], dtype=np.int64)
-        self._mask_squares = np.add.reduceat(blended.astype(np.uint32) ** 2, assets.offsets[:-1], dtype=np.int64)
+        self._mask_sums, self._mask_squares = blended_mask_sums(assets)
         self._tables: _Tables | None = None
         self._local = threading.local()
         pixels = len(assets.masks)
@@ -222,7 +240,7 @@ class CpuBackend:
         composites: npt.NDArray[np.uint8],
         masks: npt.NDArray[np.uint8],
         held: npt.NDArray[np.int64] | None = None,
-    ) -> dict[str, Moments]:
+    ) -> Done:
         """Fill composites (N, H, W, 3) and masks (N, H, W) of N placements, and give their moments.
 
         Parameters
@@ -251,15 +269,13 @@ class CpuBackend:
         total = self._background_sums[placements.background].sum(axis=0) + sums[0]
         squares = self._background_squares[placements.background].sum(axis=0) + sums[1]
         pixels = count * self.recipe.width * self.recipe.height
-        return {
-            "composite": Moments(count, pixels, tuple(total.tolist()), tuple(squares.tolist())),
-            "composite_mask": Moments(
-                count,
-                pixels,
-                (int(self._mask_sums[foreground].sum()),),
-                (int(self._mask_squares[foreground].sum()),),
-            ),
-        }
+        mask_sum, mask_squares = self._mask_sums[foreground].sum(), self._mask_squares[foreground].sum()
+        return Done(
+            {
+                "composite": Moments(count, pixels, tuple(total.tolist()), tuple(squares.tolist())),
+                "composite_mask": Moments(count, pixels, (int(mask_sum),), (int(mask_squares),)),
+            }
+        )
 
     def render_reusing(
         self, placements: Placements, capacity: int
@@ -274,13 +290,8 @@ class CpuBackend:
             local.composites, local.masks = self.frames(local.capacity)
             local.held = np.full((local.capacity, 5), -1, np.int64)
         composites, masks = local.composites[:count], local.masks[:count]
-        return composites, masks, self.render(placements, composites, masks, local.held[:count])
+        return composites, masks, self.render(placements, composites, masks, local.held[:count]).get()
 
-    def encode(self, pictures: npt.NDArray[np.uint8], quality: int, subsampling: str, optimize: bool) -> list[bytes]:
-        """Pictures (N, H, W, 3) RGB or (N, H, W) grey, uint8, as baseline JPEG files, equal to Pillow's.
-
-        Pillow's own encoder holds the interpreter's lock; imagecodecs' calls the same library without it.
-        """
-        chroma = subsampling if pictures.ndim == 4 else None
-        encode = imagecodecs.jpeg8_encode
-        return [bytes(encode(picture, level=quality, subsampling=chroma, optimize=optimize)) for picture in pictures]
+    def encode(self, pictures: npt.NDArray[np.uint8]) -> list[bytes]:
+        """Pictures (N, H, W, 3) or (N, H, W), uint8, as JPEG files with the recipe's options."""
+        return encode_jpeg(pictures, self.recipe.quality, self.recipe.subsampling, self.recipe.optimize)

@@ -1,20 +1,18 @@
 """Where a data set's files go: the folder tree, one stored zip, or tar shards.
 
 A sink takes whole shards. `Sink.pack` turns the encoded files of a few samples into what the shard will hold and may
-be called by many threads at once; a `ShardWriter` takes the packs in order; `ShardWriter.commit` makes the shard
-appear, whole, under its name. Until then everything of it lies in the run's own folder.
+be called by many threads at once; a `ShardWriter` takes the packs in order; `Sink.publish` makes the shard appear,
+whole, under its name. Until then everything of it lies in the run's own folder.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpufgbg.exceptions import OptionError
-from gpufgbg.files import fsync_folder
 from gpufgbg.layout import Layout
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ class EncodedSamples:
 
     placements: Placements
     stems: list[str]
-    files: dict[str, Sequence[bytes]]
+    files: Mapping[str, Sequence[bytes]]
 
     def items(self) -> Iterator[tuple[str, bytes]]:
         """(path in the folder tree, bytes) of every file, sample by sample."""
@@ -55,8 +53,8 @@ class ShardWriter(Protocol):
     def append(self, pack: Any) -> None:
         """Add the next pack; packs come in order."""
 
-    def commit(self) -> None:
-        """Make the shard appear, whole, after `Sink.sync`."""
+    def close(self) -> None:
+        """All packs are there: finish the files."""
 
     def abandon(self) -> None:
         """Let go of open files; the run's folder is removed by its owner."""
@@ -76,6 +74,9 @@ class Sink(Protocol):
     def sync(self) -> None:
         """Make everything written so far durable."""
 
+    def publish(self, folder: Path, shard: Shard) -> None:
+        """Make a closed and durable shard appear, whole; any process may do it."""
+
     def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
         """(path in the folder tree, bytes) of every file of a committed shard, sample by sample.
 
@@ -90,13 +91,10 @@ class Sink(Protocol):
 
 
 class FileShard:
-    """A shard that is one file: written under a temporary name, renamed when it is whole and durable."""
+    """A shard that is one file."""
 
-    def __init__(self, temporary: Path, target: Path) -> None:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = temporary
-        self.target = target
-        self.file = temporary.open("wb")
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
 
     def append(self, pack: bytes) -> None:
         """Add the next pack."""
@@ -105,15 +103,10 @@ class FileShard:
     def _end(self) -> None:
         """Write what ends the file."""
 
-    def commit(self) -> None:
-        """Make the file appear under its name."""
+    def close(self) -> None:
+        """End the file."""
         with self.file:
             self._end()
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.target.parent.mkdir(exist_ok=True)
-        self.temporary.replace(self.target)
-        fsync_folder(self.target.parent)
 
     def abandon(self) -> None:
         """Let go of the file."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gpufgbg.exceptions import DatasetError, printable
-from gpufgbg.files import fsync_folder, remove_tree
+from gpufgbg.files import fsync_folder, remove_tree, sync_file_system
 from gpufgbg.layout import SAMPLE_KINDS, Layout
 from gpufgbg.manifest import STATE, tiling
 from gpufgbg.recipe import Plan, Shard
@@ -36,6 +36,7 @@ _VERSION, _UTF8, _STORED = 45, 0x800, 0
 _DATE = (1 << 5) | 1  # 1 January 1980, the format's first day: the same bytes whenever it is made
 _REGULAR_FILE = 0o100644 << 16
 _BIG = 0xFFFFFFFF
+_UNFINISHED = "shard.part"  # in the shard's folder
 
 
 def entry(name: str, data: bytes) -> bytes:
@@ -121,10 +122,17 @@ class ZipSink:
 
     def open(self, folder: Path, shard: Shard) -> FileShard:
         """Begin a shard."""
-        return FileShard(folder / "shard.part", self.parts / shard.name)
+        return FileShard(folder / _UNFINISHED)
 
     def sync(self) -> None:
-        """Each part is one file, made durable when it is committed."""
+        """One call for all parts that wait."""
+        sync_file_system(self.out)
+
+    def publish(self, folder: Path, shard: Shard) -> None:
+        """Move the part to where `finish` looks for it."""
+        self.parts.mkdir(exist_ok=True)
+        (folder / _UNFINISHED).replace(self.parts / shard.name)
+        fsync_folder(self.parts)
 
     def _found(self) -> list[Shard]:
         paths = self.parts.iterdir() if self.parts.is_dir() else ()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gpufgbg.exceptions import DatasetError, printable
+from gpufgbg.files import atomic_path, fsync_folder, sync_file_system
 from gpufgbg.layout import TAR_SUFFIXES, Layout
 from gpufgbg.manifest import STATE, tiling
 from gpufgbg.recipe import Plan, Shard
@@ -29,6 +30,7 @@ _HEADER[136:148] = b"00000000000\0"
 _HEADER[156:157] = b"0"
 _HEADER[257:265] = b"ustar\x0000"
 _HEADER_SUM = sum(_HEADER) + 8 * ord(" ")  # the checksum's own field counts as spaces
+_UNFINISHED = "shard.tar"  # in the shard's folder
 _KIND_OF = {suffix: kind for kind, suffix in TAR_SUFFIXES.items()}
 
 
@@ -95,7 +97,7 @@ class TarSink:
 
     def open(self, folder: Path, shard: Shard) -> _TarShard:
         """Begin a shard."""
-        return _TarShard(folder / "shard.tar", self.path(shard))
+        return _TarShard(folder / _UNFINISHED)
 
     def path(self, shard: Shard) -> Path:
         """Where a shard, or a piece of one, is kept."""
@@ -104,7 +106,14 @@ class TarSink:
         return self.folder / f"shard-{number:06d}{piece}.tar"
 
     def sync(self) -> None:
-        """Each shard is one file, made durable when it is committed."""
+        """One call for all shards that wait."""
+        sync_file_system(self.folder.parent)
+
+    def publish(self, folder: Path, shard: Shard) -> None:
+        """Rename the shard."""
+        self.folder.mkdir(exist_ok=True)
+        (folder / _UNFINISHED).replace(self.path(shard))
+        fsync_folder(self.folder)
 
     def _pieces(self, cell: Shard) -> list[Shard]:
         found = self.folder.glob(f"{self.path(cell).stem}.part-*.tar")
@@ -134,12 +143,13 @@ class TarSink:
             pieces, whole = self._pieces(cell), self.path(cell)
             order = tiling(pieces, cell)
             if order and not whole.exists():
-                writer = _TarShard(self.state / "joined.tmp", whole)
-                for piece in order:
-                    with self.path(piece).open("rb") as file:
-                        for name, data in members(file):
-                            writer.append(member(name, data))
-                writer.commit()
+                with atomic_path(whole, self.state / "scratch") as temporary:
+                    writer = _TarShard(temporary)
+                    for piece in order:
+                        with self.path(piece).open("rb") as file:
+                            for name, data in members(file):
+                                writer.append(member(name, data))
+                    writer.close()
             if whole.exists():
                 for piece in pieces:
                     self.path(piece).unlink(missing_ok=True)

@@ -59,11 +59,31 @@ class TreeSink:
 
     def open(self, folder: Path, shard: Shard) -> _TreeShard:
         """Begin a shard."""
-        return _TreeShard(folder, self.out)
+        return _TreeShard()
 
     def sync(self) -> None:
         """One call for all files: an fsync a file would take longer than making them."""
         sync_file_system(self.out)
+
+    def publish(self, folder: Path, shard: Shard) -> None:
+        """Move the files into the tree."""
+        parents = {self.out}
+        for kind in sorted(folder.iterdir()):
+            parent = self.out / kind.name
+            parent.mkdir(exist_ok=True)
+            parents.add(parent)
+            for source in sorted(kind.iterdir()):
+                target = parent / source.name
+                try:
+                    source.rename(target)  # refused where the target has files already
+                except OSError:
+                    if not target.is_dir():
+                        raise
+                    for file in source.iterdir():
+                        file.replace(target / file.name)
+                    parents.add(target)
+        for parent in sorted(parents):
+            fsync_folder(parent)
 
     def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
         """(path, bytes) of every file of a committed shard."""
@@ -93,31 +113,11 @@ def _write(name: str, data: bytes, folder: int) -> None:
 
 
 class _TreeShard:
-    def __init__(self, folder: Path, out: Path) -> None:
-        self.folder = folder
-        self.out = out
-
     def append(self, pack: None) -> None:
         """The files are written already."""
 
-    def commit(self) -> None:
-        parents = {self.out}
-        for kind in sorted(self.folder.iterdir()):
-            parent = self.out / kind.name
-            parent.mkdir(exist_ok=True)
-            parents.add(parent)
-            for source in sorted(kind.iterdir()):
-                target = parent / source.name
-                try:
-                    source.rename(target)  # refused where the target has files already
-                except OSError:
-                    if not target.is_dir():
-                        raise
-                    for file in source.iterdir():
-                        file.replace(target / file.name)
-                    parents.add(target)
-        for parent in sorted(parents):
-            fsync_folder(parent)
+    def close(self) -> None:
+        """Nothing is open."""
 
     def abandon(self) -> None:
         """Nothing is open."""

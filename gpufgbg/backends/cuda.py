@@ -1,0 +1,331 @@
+"""The CUDA backend: composites, moments and JPEG files made in the card's memory by the kernels in ``kernels/``.
+
+Arrays are CuPy's, from CuPy's stream-ordered pool, and every launch goes to CuPy's current stream. Nothing waits for
+the card but where a result's size is needed (`CudaBackend.encode`) or handed to the host (`Pending`).
+
+One fixed order for each operation: check, allocate, launch, return.
+"""
+
+from __future__ import annotations
+
+import threading
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpufgbg.backends import blended_mask_sums
+from gpufgbg.exceptions import DeviceError, InputError
+from gpufgbg.moments import Moments
+from gpufgbg.recipe import Placements, Recipe
+
+if TYPE_CHECKING:
+    from gpufgbg.assets import Assets
+
+__all__ = ["CudaBackend", "CudaJpeg", "count_devices", "moments"]
+
+_MODULES = ("composite", "jpeg", "moments")
+_FLIP_MODES = {"never": 0, "always": 1, "both": 2}
+_COMPOSITE_THREADS = 256
+# kernels/jpeg.cu: MCUs of a chunk, and sampling factors, by mode
+_MODES = {"grey": (192, 1, 1), "444": (64, 1, 1), "422": (32, 2, 1), "420": (32, 2, 2)}
+_CLASS_ENTRIES, _HEADER_STRIDE, _SETUP_BYTES = 272, 640, 4096
+_MAX_SIDE = 65_500  # libjpeg's limit
+_modules: dict[tuple[int, str], Any] = {}
+_lock = threading.Lock()
+
+
+def why_not(index: int = 0) -> str | None:
+    """What keeps this machine from CUDA device ``index``, with what to do, or None where nothing does."""
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed (pip install 'gpufgbg[cuda13]' or 'gpufgbg[cuda12]')"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no CUDA driver or device is found ({str(error).partition(':')[0]})"
+    if index >= count:
+        return f"there is no device {index}: this machine has {count}, 0 to {count - 1}"
+    missing = [stem for stem in _MODULES if not _fatbin(stem).is_file()]
+    if missing:
+        return "this build carries no kernels: install gpufgbg where nvcc or the package nvidia-cuda-nvcc can be had"
+    return None
+
+
+def count_devices() -> int:
+    """Number of CUDA devices that can be used; 0 where there are none or CuPy is missing."""
+    if why_not() is not None:
+        return 0
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceCount())
+
+
+def _fatbin(stem: str) -> Path:
+    return Path(str(resources.files("gpufgbg") / "_kernels" / f"{stem}.fatbin"))
+
+
+def kernel(stem: str, name: str) -> Any:
+    """A kernel of ``kernels/<stem>.cu`` on the current device."""
+    import cupy
+
+    device = cupy.cuda.Device().id
+    with _lock:
+        module = _modules.get((device, stem))
+        if module is None:
+            path = _fatbin(stem)
+            if not path.is_file():
+                raise DeviceError(f"no kernels in this build ({path.name} is missing): install gpufgbg where nvcc is")
+            module = _modules[device, stem] = cupy.RawModule(path=str(path))
+        return module.get_function(name)
+
+
+def _pointer(array: Any) -> Any:
+    return np.uint64(0) if array is None else array
+
+
+def moments(pictures: Any) -> Moments:
+    """Moments of pictures (N, H, W) or (N, H, W, 3), uint8, contiguous in the card's memory. Waits for the result."""
+    import cupy
+
+    pictures = cupy.ascontiguousarray(cupy.asarray(pictures))
+    channels = pictures.shape[3] if pictures.ndim == 4 else 1
+    sums = cupy.zeros(2 * channels, np.uint64)
+    _launch_moments(pictures, channels, sums)
+    found = [int(v) for v in sums.get()]
+    pixels = pictures.size // channels
+    return Moments(len(pictures), pixels, tuple(found[:channels]), tuple(found[channels:]))
+
+
+def _launch_moments(pictures: Any, channels: int, sums: Any) -> None:
+    import cupy
+
+    blocks = cupy.cuda.Device().attributes["MultiProcessorCount"] * 8
+    kernel("moments", "moments")((blocks,), (256,), (pictures, np.int64(pictures.size), np.int32(channels), sums))
+
+
+class CudaJpeg:
+    """Batched baseline JPEG encoding on the current device; see ``kernels/jpeg.cu``.
+
+    Parameters
+    ----------
+    quality : int
+        1 to 100.
+    subsampling : {"444", "422", "420"}
+        Of colour pictures.
+    optimize : bool
+        Optimal Huffman tables for each picture.
+    """
+
+    def __init__(self, quality: int, subsampling: str, optimize: bool) -> None:
+        self.quality = quality
+        self.subsampling = subsampling
+        self.optimize = optimize
+        self._setups: dict[tuple[int, ...], Any] = {}
+
+    def geometry(self, height: int, width: int, channels: int) -> tuple[str, int, int, int]:
+        """(mode, blocks of 8x8 an MCU, MCUs a picture, MCUs a chunk)."""
+        mode = "grey" if channels == 1 else self.subsampling
+        chunk, h, v = _MODES[mode]
+        blocks = 1 if channels == 1 else h * v + 2
+        return mode, blocks, -(-width // (8 * h)) * -(-height // (8 * v)), chunk
+
+    def scratch_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of scratch a picture, most of all for its tokens."""
+        _, blocks, mcus, chunk = self.geometry(height, width, channels)
+        chunks = -(-mcus // chunk)
+        return mcus * blocks * 256 + chunks * 2400 + 4096
+
+    def encode(self, pictures: Any) -> tuple[Any, Any]:
+        """Encode a batch; waits once, for the files' total length.
+
+        Parameters
+        ----------
+        pictures : (N, H, W, 3) or (N, H, W) uint8
+            In the device's memory, C-contiguous.
+
+        Returns
+        -------
+        files : (bytes,) uint8
+            Complete files, one after the other.
+        offsets : (N + 1,) int64
+            Where each file starts, and the last one's end.
+        """
+        import cupy
+
+        n, height, width = pictures.shape[:3]
+        channels = pictures.shape[3] if pictures.ndim == 4 else 1
+        if pictures.dtype != np.uint8 or channels not in (1, 3) or not pictures.flags.c_contiguous:
+            raise InputError(
+                f"pictures: got {pictures.dtype} {pictures.shape}, expected C-contiguous uint8 (N, H, W[, 3])"
+            )
+        if not 1 <= height <= _MAX_SIDE or not 1 <= width <= _MAX_SIDE:
+            raise InputError(f"pictures: got {width}x{height}, expected 1 to {_MAX_SIDE:,} pixels a side")
+        if n == 0:
+            return cupy.empty(0, np.uint8), cupy.zeros(1, np.int64)
+        mode, blocks, mcus, chunk = self.geometry(height, width, channels)
+        chunks, classes = -(-mcus // chunk), 1 if channels == 1 else 2
+        entries, image_blocks, chunk_blocks = classes * _CLASS_ENTRIES, mcus * blocks, chunk * blocks
+        if n * chunks >= 2**31:
+            raise InputError(f"pictures: {n} of {width}x{height} at once, expected fewer: split the batch")
+        setup = self._setup(height, width, channels)
+        u32, i32 = np.uint32, np.int32
+        tokens = cupy.empty((n, image_blocks * 64), u32)
+        histograms, links = cupy.empty((n, chunks, entries), u32), cupy.empty((n, chunks, channels), np.uint64)
+        token_counts, books = cupy.empty((n, chunks), u32), cupy.empty((n, entries), u32)
+        headers, header_bytes = cupy.empty((n, _HEADER_STRIDE), np.uint8), cupy.empty(n, u32)
+        leads, chunk_bytes, chunk_sizes, chunk_starts = (cupy.empty((n, chunks), u32) for _ in range(4))
+        file_sizes, offsets = cupy.empty(n, u32), cupy.empty(n + 1, np.int64)
+        per_chunk = (n * chunks,)
+
+        def launch(name: str, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
+            kernel("jpeg", name)(grid, (threads,), arguments)
+
+        launch(f"jpeg_transform_{mode}", per_chunk, chunk_blocks, pictures, i32(width), i32(height), setup, tokens,
+               histograms, links, token_counts)  # fmt: skip
+        launch("jpeg_tables", (n,), 64 * classes, setup, i32(channels), i32(self.optimize), i32(chunks),
+               i32(image_blocks), i32(chunk_blocks), links, token_counts, tokens, histograms, books, headers,
+               header_bytes, leads)  # fmt: skip
+        launch("jpeg_pack", per_chunk, 128, i32(channels), i32(chunks), i32(image_blocks), i32(chunk_blocks), books,
+               token_counts, leads, tokens, chunk_bytes, chunk_sizes)  # fmt: skip
+        launch("jpeg_sizes", (-(-n // 4),), 128, i32(n), i32(chunks), header_bytes, chunk_sizes, chunk_starts,
+               file_sizes)  # fmt: skip
+        launch("jpeg_offsets", (1,), 1024, i32(n), file_sizes, offsets)
+        capacity = int(offsets[n].get())
+        files = cupy.empty(capacity, np.uint8)
+        launch("jpeg_write", per_chunk, 128, i32(chunks), i32(image_blocks), i32(chunk_blocks), headers, header_bytes,
+               tokens, chunk_bytes, chunk_starts, offsets, np.int64(capacity), files)  # fmt: skip
+        return files, offsets
+
+    def _setup(self, height: int, width: int, channels: int) -> Any:
+        import cupy
+
+        code = 0 if channels == 1 else ("444", "422", "420").index(self.subsampling)
+        key = (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr, height, width, channels)
+        setup = self._setups.get(key)  # one a stream: another stream could read it before it is made
+        if setup is None:
+            setup = cupy.empty(_SETUP_BYTES, np.uint8)
+            arguments = [np.int32(v) for v in (width, height, channels, code, self.quality)]
+            kernel("jpeg", "jpeg_setup")((1,), (32,), (*arguments, setup))
+            self._setups[key] = setup
+        return setup
+
+
+class Pending:
+    """Moments of a batch that the card may still be rendering; `get` waits for them."""
+
+    def __init__(self, backend: CudaBackend, placements: Placements, changes: Any) -> None:
+        self._backend = backend
+        self._placements = placements
+        self._changes = changes
+
+    def get(self) -> dict[str, Moments]:
+        """The moments, by kind."""
+        return self._backend.add_up(self._placements, self._changes.get())
+
+
+class CudaBackend:
+    """Renders and encodes in the memory of one card.
+
+    Parameters
+    ----------
+    assets : Assets
+        Copied to the card.
+    recipe : Recipe
+    index : int
+        The CUDA device's number.
+
+    Raises
+    ------
+    DeviceError
+        The device can't be used; the message says why and what to do.
+    """
+
+    def __init__(self, assets: Assets, recipe: Recipe, index: int = 0) -> None:
+        reason = why_not(index)
+        if reason is not None:
+            raise DeviceError(f"device cuda:{index}: {reason}; or use --device cpu")
+        import cupy
+
+        self.name = f"cuda:{index}"
+        self.index = index
+        self.recipe = recipe
+        self.assets = assets
+        self.device = cupy.cuda.Device(index)
+        with self.device:
+            self._backgrounds = cupy.asarray(assets.backgrounds)
+            self._foregrounds = cupy.asarray(assets.foregrounds)
+            self._masks = cupy.asarray(assets.masks)
+            self._offsets = cupy.asarray(assets.offsets)
+            self._widths = cupy.asarray(assets.widths)
+            self._heights = cupy.asarray(assets.heights)
+            sums = cupy.zeros((len(assets.backgrounds), 6), np.uint64)
+            for b in range(len(assets.backgrounds)):
+                _launch_moments(self._backgrounds[b], 3, sums[b])
+            self._background_sums = sums.get().astype(object)  # Python's integers: sums of them never overflow
+        self._mask_sums, self._mask_squares = blended_mask_sums(assets)
+        self.jpeg = CudaJpeg(recipe.quality, recipe.subsampling, recipe.optimize)
+
+    def frames(self, count: int) -> tuple[Any, Any]:
+        """Uninitialised composites (count, H, W, 3) and masks (count, H, W), uint8, on the card."""
+        import cupy
+
+        shape = (count, self.recipe.height, self.recipe.width)
+        with self.device:
+            return cupy.empty((*shape, 3), np.uint8), cupy.empty(shape, np.uint8)
+
+    def launch(self, placements: Placements, composites: Any, masks: Any) -> Pending:
+        """Start rendering on the current stream; see `render`."""
+        import cupy
+
+        recipe, n = self.recipe, len(placements)
+        with self.device:
+            changes = cupy.zeros(6, np.uint64)
+            if n:
+                index = placements.index
+                first = int(index[0])
+                in_order = n == 1 or bool((np.diff(index) == 1).all())
+                indices = None if in_order else cupy.asarray(index)
+                kernel("composite", "composite")(
+                    (n,), (_COMPOSITE_THREADS,),
+                    (self._backgrounds, self._foregrounds, self._masks, self._offsets, self._widths, self._heights,
+                     np.int32(recipe.width), np.int32(recipe.height), np.int32(self.assets.n_foregrounds),
+                     np.int32(recipe.per_pair), np.int32(_FLIP_MODES[recipe.flip]), np.uint64(recipe.seed),
+                     _pointer(indices), np.int64(first), np.int32(n), composites, masks, _pointer(None), changes),
+                )  # fmt: skip
+        return Pending(self, placements, changes)
+
+    def render(self, placements: Placements, composites: Any, masks: Any) -> Pending:
+        """Fill composites (N, H, W, 3) and masks (N, H, W) of N placements, without waiting.
+
+        The placements are made again on the card, from their indices alone.
+        """
+        return self.launch(placements, composites, masks)
+
+    def add_up(self, placements: Placements, changes: Any) -> dict[str, Moments]:
+        """Exact moments from what the kernel changed of the backgrounds."""
+        count = len(placements)
+        pixels = count * self.recipe.width * self.recipe.height
+        counts = np.bincount(placements.background, minlength=len(self._background_sums)).tolist()
+        old = [sum(c * row[k] for c, row in zip(counts, self._background_sums, strict=True)) for k in range(6)]
+        total = [int(o) + int(np.int64(c)) for o, c in zip(old, np.asarray(changes).view(np.int64), strict=True)]
+        f = placements.foreground
+        return {
+            "composite": Moments(count, pixels, tuple(total[:3]), tuple(total[3:])),
+            "composite_mask": Moments(
+                count, pixels, (int(self._mask_sums[f].sum()),), (int(self._mask_squares[f].sum()),)
+            ),
+        }
+
+    def encode(self, pictures: Any) -> tuple[Any, Any]:
+        """Pictures as JPEG files with the recipe's options: (files, offsets) on the card."""
+        with self.device:
+            return self.jpeg.encode(pictures)
+
+    def sample_bytes(self) -> int:
+        """Bytes of the card's memory that one sample of a batch takes while it is made."""
+        height, width = self.recipe.height, self.recipe.width
+        colour, grey = (self.jpeg.scratch_bytes(height, width, channels) for channels in (3, 1))
+        return 4 * height * width + colour + grey + height * width

@@ -1,0 +1,116 @@
+"""The main job's pipeline on the CPU: worker threads render, encode and pack; one thread keeps the order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gpufgbg.backends.cpu import CpuBackend
+from gpufgbg.labels import LabelJob
+from gpufgbg.manifest import Manifest, ShardRecord
+from gpufgbg.moments import Moments
+from gpufgbg.recipe import Plan, Shard
+from gpufgbg.shards import Committer, OpenShard
+from gpufgbg.sinks import EncodedSamples, Sink
+
+__all__ = ["BATCH", "CpuPipeline"]
+
+BATCH = 16  # samples a worker renders at a time: their frames (3 MB at 224x224) stay in the cache
+_BATCH_BYTES = 16 << 20  # frames larger than the usual make smaller batches
+
+
+class CpuPipeline:
+    """Workers render, encode and pack a batch each; the calling thread takes their packs in order.
+
+    Batches are handed out a bounded number ahead, so memory does not depend on how many samples are made.
+
+    Parameters
+    ----------
+    backend : CpuBackend
+    plan : Plan
+    sink : Sink
+    manifest : Manifest
+    workers : int
+        Threads.
+    batch_size : int, optional
+        Samples a worker takes at a time.
+    """
+
+    def __init__(
+        self,
+        backend: CpuBackend,
+        plan: Plan,
+        sink: Sink,
+        manifest: Manifest,
+        workers: int,
+        batch_size: int | None,
+    ) -> None:
+        self.backend = backend
+        self.plan = plan
+        self.sink = sink
+        self.workers = workers
+        frame_bytes = 4 * plan.recipe.width * plan.recipe.height
+        self.batch = batch_size or max(1, min(BATCH, _BATCH_BYTES // frame_bytes))
+        self.committer = Committer(sink, manifest)
+
+    def run(self, gaps: list[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob) -> bool:
+        """Make the samples of ``gaps``; unfinished shards lie in ``folder``; ``made`` is told each batch's length.
+
+        Returns False: the label files are not written.
+        """
+        opened: deque[tuple[OpenShard, dict[str, Moments]]] = deque()
+        pending: deque[tuple[bool, Future[Any]]] = deque()
+        with ThreadPoolExecutor(self.workers, "render") as pool:
+
+            def take() -> None:
+                last, future = pending.popleft()
+                samples, pack, part = future.result()
+                shard, moments = opened[0]
+                shard.append(samples, pack)
+                for kind, m in part.items():
+                    moments[kind] = moments.get(kind, Moments()) + m
+                if last:
+                    record = ShardRecord(shard.shard, shard.close(), shard.size_bytes, moments)
+                    opened.popleft()
+                    self.committer.submit(record, shard.folder)
+                made(len(samples.placements))
+
+            try:
+                for shard in (cut for gap in gaps for cut in self.plan.shards(gap)):
+                    current = OpenShard(self.plan, self.sink, shard, folder)
+                    opened.append((current, {}))
+                    for batch, last in self._batches(len(shard)):
+                        pending.append((last, pool.submit(self._make, current, batch)))
+                        while len(pending) > 2 * self.workers + 2:
+                            take()
+                while pending:
+                    take()
+                self.committer.finish()
+            except BaseException:
+                # What is closed is committed; what is under way is let go, after the batches that workers hold.
+                for _, future in pending:
+                    future.cancel()
+                pool.shutdown(wait=True)
+                for left, _ in opened:
+                    left.abandon()
+                with suppress(Exception):  # the first error is the one that counts
+                    self.committer.finish()
+                raise
+        return False
+
+    def _batches(self, count: int) -> Iterator[tuple[slice, bool]]:
+        for start in range(0, count, self.batch):
+            stop = min(start + self.batch, count)
+            yield slice(start, stop), stop == count
+
+    def _make(self, shard: OpenShard, batch: slice) -> tuple[EncodedSamples, Any, dict[str, Moments]]:
+        """In a worker: render, encode and pack a batch."""
+        backend = self.backend
+        composites, masks, moments = backend.render_reusing(shard.placements[batch], self.batch)
+        files = {"composite": backend.encode(composites), "composite_mask": backend.encode(masks)}
+        samples = shard.samples(batch, files)
+        return samples, self.sink.pack(samples, shard.folder), moments

@@ -1,0 +1,127 @@
+"""Baseline JPEG files for batches of pictures, on the CPU or in a card's memory: the bytes of libjpeg-turbo."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpufgbg.backends import check_device
+from gpufgbg.exceptions import DeviceError, InputError
+from gpufgbg.recipe import Recipe
+
+__all__ = ["EncodedImages", "JpegEncoder"]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImages:
+    """N JPEG files, one after the other. Indexing copies a file to the host.
+
+    Attributes
+    ----------
+    buffer : (bytes,) uint8
+        The files, in the encoder's memory: NumPy on the CPU, CuPy on a card. Owned by this object.
+    offsets : (N + 1,) int64
+        Where each file starts and the last one ends, beside ``buffer``.
+    """
+
+    buffer: Any
+    offsets: Any
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[bytes]:
+        data, ends = _on_host(self.buffer), _on_host(self.offsets).tolist()
+        for start, end in itertools.pairwise(ends):
+            yield data[start:end].tobytes()
+
+    def __getitem__(self, index: int) -> bytes:
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"file {index} of {count}")
+        start, end = _on_host(self.offsets[index % count : index % count + 2]).tolist()
+        return bytes(_on_host(self.buffer[start:end]).tobytes())
+
+
+class JpegEncoder:
+    """Encodes batches of pictures of one size.
+
+    Parameters
+    ----------
+    quality : int
+        As libjpeg scales it, 1 to 100.
+    subsampling : {"444", "422", "420"}
+        Of colour pictures.
+    optimize : bool
+        Optimal Huffman tables for each picture, or the standard's.
+    device : {"auto", "cpu", "cuda", "cuda:N"}
+
+    Raises
+    ------
+    OptionError, DeviceError
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> files = JpegEncoder(quality=90, device="cpu").encode(np.zeros((2, 8, 8, 3), np.uint8))
+    >>> len(files), files[0][:2]
+    (2, b'\\xff\\xd8')
+    """
+
+    def __init__(
+        self, quality: int = 75, subsampling: str = "420", optimize: bool = False, device: str = "auto"
+    ) -> None:
+        checked = Recipe(quality=quality, subsampling=subsampling, optimize=optimize)
+        self.quality, self.subsampling, self.optimize = checked.quality, checked.subsampling, checked.optimize
+        from gpufgbg.backends import cuda
+
+        kind, _, number = check_device(device).partition(":")
+        reason = None if kind == "cpu" else cuda.why_not(int(number or 0))
+        if kind == "cuda" and reason:
+            raise DeviceError(f"device {device}: {reason}; or use device='cpu'")
+        self.device = "cpu" if kind == "cpu" or reason else f"cuda:{int(number or 0)}"
+        self._cuda = None if self.device == "cpu" else cuda.CudaJpeg(quality, subsampling, optimize)
+
+    def encode(self, images: Any) -> EncodedImages:
+        """Encode a batch.
+
+        Parameters
+        ----------
+        images : (N, H, W, 3) or (N, H, W) uint8
+            RGB or grey. On a card: a CuPy array, or any object with ``__cuda_array_interface__`` or DLPack, is taken
+            without a copy where it is contiguous; NumPy arrays are copied to the card. Runs on CuPy's current stream.
+
+        Returns
+        -------
+        EncodedImages
+
+        Raises
+        ------
+        InputError
+            Another shape or dtype.
+        """
+        if self._cuda is None:
+            from gpufgbg.backends.cpu import encode_jpeg
+
+            pictures = np.asarray(images)
+            if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[3:] not in ((), (3,)):
+                raise InputError(
+                    f"images: got {pictures.dtype} {pictures.shape}, expected uint8 (N, H, W, 3) or (N, H, W)"
+                )
+            files = encode_jpeg(pictures, self.quality, self.subsampling, self.optimize)
+            ends = np.cumsum([0, *map(len, files)], dtype=np.int64)
+            return EncodedImages(np.frombuffer(b"".join(files), np.uint8), ends)
+        import cupy
+
+        with cupy.cuda.Device(int(self.device.partition(":")[2])):
+            if hasattr(images, "__dlpack__") and not hasattr(images, "__cuda_array_interface__"):
+                images = cupy.asarray(images) if isinstance(images, np.ndarray) else cupy.from_dlpack(images)
+            return EncodedImages(*self._cuda.encode(cupy.ascontiguousarray(cupy.asarray(images))))
+
+
+def _on_host(array: Any) -> Any:
+    return array if isinstance(array, np.ndarray) else array.get()
