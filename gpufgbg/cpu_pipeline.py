@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,6 +57,7 @@ class CpuPipeline:
         frame_bytes = 4 * plan.recipe.width * plan.recipe.height
         self.batch = batch_size or max(1, min(BATCH, _BATCH_BYTES // frame_bytes))
         self.committer = Committer(sink, manifest)
+        self.timeline: dict[str, float] = {}
 
     def run(self, gaps: list[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob) -> bool:
         """Make the samples of ``gaps``; unfinished shards lie in ``folder``; ``made`` is told each batch's length.
@@ -89,7 +91,9 @@ class CpuPipeline:
                             take()
                 while pending:
                     take()
+                begun = time.perf_counter()
                 self.committer.finish()
+                self.timeline["samples: last commits"] = time.perf_counter() - begun
             except BaseException:
                 # What is closed is committed; what is under way is let go, after the batches that workers hold.
                 for _, future in pending:

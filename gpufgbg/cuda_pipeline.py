@@ -14,9 +14,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class CudaPipeline:
         self.manifest = manifest
         self.workers = workers
         self.committer = Committer(sink, manifest)
+        self.timeline: dict[str, float] = {}
         recipe = plan.recipe
         largest = 4096 + _BLOCK_BYTES * 4 * (-(-recipe.width // 16)) * (-(-recipe.height // 16)) * 4
         self.slot_bytes = -(-max(_SLOT_BYTES, largest) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -84,13 +86,17 @@ class CudaPipeline:
     def run(self, gaps: list[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob) -> bool:
         """Make the samples of ``gaps``; returns whether the label files were written too."""
         with self.backend.device:
-            ring = _Ring(self.slots, self.slot_bytes)
-            writers = _Writers(self, ring, folder)
+            with self._timed("samples: pin the shared memory"):
+                ring = _Ring(self.slots, self.slot_bytes)
+            with self._timed("samples: start the writers"):
+                writers = _Writers(self, ring, folder)
             try:
                 writers.start_labels(labels)
                 self._fill(gaps, ring, writers, made)
-                writers.finish()
-                self.committer.finish()
+                with self._timed("samples: last writers"):
+                    writers.finish()
+                with self._timed("samples: last commits"):
+                    self.committer.finish()
             except BaseException:
                 writers.stop()
                 with suppress(Exception):  # the first error is the one that counts
@@ -100,6 +106,14 @@ class CudaPipeline:
                 writers.stop()
                 ring.close()
         return True
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timeline[phase] = self.timeline.get(phase, 0.0) + time.perf_counter() - begun
 
     def _fill(self, gaps: list[Shard], ring: _Ring, writers: _Writers, made: Callable[[int], None]) -> None:
         import cupy
@@ -115,13 +129,14 @@ class CudaPipeline:
                 made(message[3] - message[2])
 
         for shard in (cut for gap in gaps for cut in self.plan.shards(gap)):
-            writer = writers.next_idle(lambda: hand_over(0))
+            with self._timed("samples: wait for a writer"):
+                writer = writers.next_idle(lambda: hand_over(0))
             writer.shard, writer.moments = shard, {}
             start = shard.start
             while start < shard.stop:
                 stop = min(start + self.batch, shard.stop)
                 try:
-                    with compute:
+                    with compute, self._timed("samples: render and encode on the card"):
                         files, offsets, moments = self._make(start, stop)
                         event = compute.record()
                 except cupy.cuda.memory.OutOfMemoryError:
@@ -131,7 +146,8 @@ class CudaPipeline:
                     writer.moments[kind] = writer.moments.get(kind, Moments()) + m
                 copy.wait_event(event)
                 for first, last, parts in _pieces(offsets, self.slot_bytes):
-                    slot = writers.free_slot(lambda: hand_over(0))
+                    with self._timed("samples: wait for a slot"):
+                        slot = writers.free_slot(lambda: hand_over(0))
                     ends: dict[str, list[int]] = {}
                     at = 0
                     for kind, (begin, end) in parts.items():

@@ -50,6 +50,9 @@ class GenerateReport:
         Exact sums by kind over everything that is there, as rendered, before JPEG.
     size_bytes : dict of str to int
         Bytes of the files by kind.
+    timeline : dict of str to float
+        Seconds that each part of the run took, in order; of the parts of "samples" that the calling thread spent
+        waiting, which overlap with the work of others.
     """
 
     out: Path
@@ -61,6 +64,7 @@ class GenerateReport:
     counts: dict[str, int]
     statistics: dict[str, Moments]
     size_bytes: dict[str, int]
+    timeline: dict[str, float]
 
     @property
     def complete(self) -> bool:
@@ -134,6 +138,13 @@ def generate(
         raise OptionError("out", "got an empty name, expected the data set's folder")
     manifest = Manifest(Path(out))
     wanted: Shard | None = None
+    timeline: dict[str, float] = {}
+    mark = start
+
+    def lap(phase: str) -> None:
+        nonlocal mark
+        now = time.perf_counter()
+        timeline[phase], mark = now - mark, now
 
     def safe() -> str:
         if wanted is None or not manifest.started:
@@ -151,7 +162,9 @@ def generate(
             source_sums = sources.checksums()
             _check_same(manifest, content, described, source_sums)
             assets = load_assets(manifest.out, content)
+        lap("read, check and prepare the pictures")
         compositor = Compositor(assets, recipe, device, workers)
+        lap("load them to the device")
         wanted = _part(samples, len(compositor))
         layout = Layout.of(compositor.plan)
         target = sinks.select(sink, manifest.out, compositor.plan)
@@ -166,6 +179,7 @@ def generate(
             done = [record.shard for record in manifest.records()]
             gaps = missing(wanted, done)
             run = held.enter_context(manifest.claim(wanted)) if gaps else None
+        lap("write the assets and the first dataset.json")
         made = sum(len(gap) for gap in gaps)
         ahead: LabelJob | None = None
         if run is not None:
@@ -175,10 +189,13 @@ def generate(
             try:
                 if engine.run(gaps, run, count.add, labels):
                     ahead = labels
+                lap("samples")
+                timeline.update(engine.timeline)
             except KeyboardInterrupt:
                 raise Interrupted(f"interrupted: {safe()}the same command continues") from None
         with manifest.locked():
             latest = _finish(manifest, content, compositor, layout, target, ahead)
+        lap("finish: labels, dataset.json")
     numbers = latest["counts"]
     counts = {
         "background": numbers["backgrounds"],
@@ -198,6 +215,7 @@ def generate(
         counts,
         statistics,
         latest["bytes"],
+        timeline,
     )
 
 

@@ -1,0 +1,234 @@
+"""The CUDA engine against the CPU backend and Pillow. Skipped where there is no CUDA device."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import oracle
+import pytest
+from conftest import cutout, smooth
+from PIL import Image, ImageFile
+
+from gpufgbg import Assets, Compositor, DeviceError, JpegEncoder, Moments, Recipe, generate
+from gpufgbg.backends import cuda
+
+pytestmark = pytest.mark.skipif(cuda.count_devices() == 0, reason=f"no CUDA device: {cuda.why_not()}")
+SMALL = Recipe(size=(64, 48), foreground_height=20, per_pair=2)
+SIZES = [(224, 224), (64, 48), (61, 47), (16, 16), (1, 1), (33, 20), (320, 100)]
+
+
+def made(width: int, height: int, seed: int = 0) -> Assets:
+    rng = np.random.default_rng(seed)
+    sizes = {(1, 1), (width, height), (max(1, width // 3), max(1, height // 2)), (width, 1), (1, height)}
+    cutouts = [cutout(rng, *size) if min(size) > 4 else noise(rng, size) for size in sorted(sizes)]
+    cutouts.append(noise(rng, (max(1, width // 2), max(1, height // 2))))
+    masks = [rng.integers(0, 256, c.shape[:2], dtype=np.uint8) for c in cutouts]
+    return Assets.from_arrays(rng.integers(0, 256, (3, height, width, 3), dtype=np.uint8), cutouts, masks)
+
+
+def noise(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    return rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("flip", ["both", "never", "always"])
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_renders_what_the_cpu_renders(width, height, flip):
+    assets = made(width, height)
+    recipe = Recipe(size=(width, height), foreground_height=1, per_pair=7, flip=flip, seed=2**63 + 11)
+    cpu, gpu = (Compositor(assets, recipe, device) for device in ("cpu", "cuda"))
+    shuffled = np.random.default_rng(1).permutation(len(cpu))
+    for indices in (np.arange(len(cpu)), shuffled, [3], [5, 5, 0], []):
+        expected, found = cpu.render(indices), gpu.render(indices)
+        np.testing.assert_array_equal(found.image.get(), expected.image)
+        np.testing.assert_array_equal(found.mask.get(), expected.mask)
+        assert found.moments == expected.moments
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_batches_do_not_matter(size):
+    assets, recipe = made(64, 48), Recipe(size=(64, 48), foreground_height=20, per_pair=40)
+    cpu, gpu = (Compositor(assets, recipe, device) for device in ("cpu", "cuda"))
+    expected = cpu.render(range(len(cpu)))
+    for start in range(0, min(len(cpu), 40 * size), size):
+        stop = min(start + size, len(cpu))
+        batch = gpu.render(range(start, stop))
+        np.testing.assert_array_equal(batch.image.get(), expected.image[start:stop])
+        np.testing.assert_array_equal(batch.mask.get(), expected.mask[start:stop])
+
+
+def test_two_streams_at_once():
+    import cupy
+
+    assets, recipe = made(224, 224), Recipe(foreground_height=1, per_pair=20)
+    cpu, gpu = (Compositor(assets, recipe, device) for device in ("cpu", "cuda"))
+    expected = cpu.render(range(len(cpu)))
+    encoder = JpegEncoder(65, "420", True, "cuda")
+    reference = list(JpegEncoder(65, "420", True, "cpu").encode(expected.image))
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    for _ in range(3):
+        results = []
+        for part, stream in enumerate(streams):
+            with stream:
+                batch = gpu.render(range(part, len(cpu), 2))
+                results.append((batch, encoder.encode(batch.image)))
+        for part, (batch, files) in enumerate(results):
+            streams[part].synchronize()
+            np.testing.assert_array_equal(batch.image.get(), expected.image[part::2])
+            assert list(files) == reference[part::2]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 17), (3, 224, 224), (1000, 16, 16)])
+def test_moments(shape, channels):
+    pictures = np.random.default_rng(0).integers(0, 256, (*shape, 3) if channels == 3 else shape, dtype=np.uint8)
+    assert cuda.moments(pictures) == Moments.of(pictures)
+
+
+def test_moments_of_extremes():
+    assert cuda.moments(np.full((50, 300, 300, 3), 255, np.uint8)) == Moments.of(
+        np.full((50, 300, 300, 3), 255, np.uint8)
+    )
+
+
+def pictures(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    board = np.where(np.indices((height, width)).sum(axis=0) % 2, 255, 0).astype(np.uint8)
+    flat = np.full((height, width, 3), rng.integers(0, 256, 3), np.uint8)
+    loud = (rng.integers(0, 2, (height, width, 3)) * 255).astype(np.uint8)
+    soft = smooth(rng, width, height + 6, 3)[:height]
+    hard = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return np.stack([soft, hard, np.dstack([board] * 3), flat, loud])
+
+
+def check(batch: np.ndarray, quality: int, subsampling: str, optimize: bool) -> None:
+    found = list(JpegEncoder(quality, subsampling, optimize, "cuda").encode(batch))
+    for n, file in enumerate(found):
+        expected = oracle.jpeg(Image.fromarray(batch[n]), quality, subsampling, optimize)
+        assert file == expected, (n, batch.shape, quality, subsampling, optimize)
+    assert len(found) == len(batch)
+
+
+@pytest.fixture
+def big_buffer(monkeypatch):
+    monkeypatch.setattr(ImageFile, "MAXBLOCK", 1 << 26)  # or Pillow fails on noise at quality 100
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "grey"])
+def test_encodes_as_pillow_at_all_qualities(subsampling, optimize, big_buffer):
+    batch = pictures(np.random.default_rng(0), 67, 45)
+    for quality in range(1, 101):
+        if subsampling == "grey":
+            check(np.ascontiguousarray(batch[..., 0]), quality, "420", optimize)
+        else:
+            check(batch, quality, subsampling, optimize)
+
+
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "grey"])
+def test_encodes_all_remainders_of_the_block_size(subsampling, big_buffer):
+    rng = np.random.default_rng(1)
+    for width in range(1, 34):
+        for height in (1, 2, 7, 8, 9, 15, 16, 17, 1 + width % 33, 33 - width % 33):
+            batch = pictures(rng, width, height)[[0, 1, 4]]
+            grey = subsampling == "grey"
+            check(np.ascontiguousarray(batch[..., 0]) if grey else batch, 65, "420" if grey else subsampling, True)
+
+
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "grey"])
+@pytest.mark.parametrize(("width", "height"), [(2000, 1500), (1999, 3), (5, 2049), (640, 480)])
+def test_encodes_large_pictures(width, height, subsampling, big_buffer):
+    batch = pictures(np.random.default_rng(2), width, height)
+    grey = subsampling == "grey"
+    for quality, optimize in ((65, True), (100, False), (5, True)):
+        check(
+            np.ascontiguousarray(batch[..., 0]) if grey else batch, quality, "420" if grey else subsampling, optimize
+        )
+
+
+def test_encodes_thousands_at_once():
+    rng = np.random.default_rng(3)
+    batch = np.stack([smooth(rng, 32, 24, 3) for _ in range(50)])
+    many = np.tile(batch, (100, 1, 1, 1))
+    expected = list(JpegEncoder(65, "420", True, "cpu").encode(batch))
+    assert list(JpegEncoder(65, "420", True, "cuda").encode(many)) == expected * 100
+
+
+def test_takes_arrays_of_other_libraries():
+    import cupy
+
+    torch = pytest.importorskip("torch")
+    batch = pictures(np.random.default_rng(4), 40, 30)
+    expected = list(JpegEncoder(80, "444", True, "cpu").encode(batch))
+    encoder = JpegEncoder(80, "444", True, "cuda")
+    tensor = torch.from_numpy(batch).cuda()
+    for given in (batch, cupy.asarray(batch), tensor, torch.utils.dlpack.to_dlpack(tensor)):
+        given = cupy.from_dlpack(given) if type(given).__name__ == "PyCapsule" else given
+        files = encoder.encode(given)
+        assert list(files) == expected and files[1] == expected[1] and files[-1] == expected[-1]
+
+
+@pytest.mark.parametrize("sink", ["tree", "zip", "tar"])
+def test_data_sets_equal_the_cpus(folders, tmp_path, sink):
+    recipe = Recipe(size=(64, 48), foreground_height=20, per_pair=30)
+    for device in ("cpu", "cuda"):
+        report = generate(tmp_path / device, **folders, recipe=recipe, sink=sink, device=device, workers=3)
+        assert report.complete and report.device == {"cpu": "cpu", "cuda": "cuda:0"}[device]
+    expected = oracle.tree_of(tmp_path / "cpu")
+    assert oracle.tree_of(tmp_path / "cuda") == expected
+    for name, batch_size in (("one", 1), ("three", 3), ("big", 1000)):
+        for samples in ((0, 11), (300, 720), (None, None)):
+            generate(
+                tmp_path / name, **folders, recipe=recipe, sink=sink, device="cuda", workers=2, batch_size=batch_size,
+                samples=samples,
+            )  # fmt: skip
+        assert oracle.tree_of(tmp_path / name) == expected
+
+
+def test_statistics_equal_the_cpus_on_the_real_frame(tmp_path):
+    from gpufgbg.sample_assets import write_sample_assets
+
+    backgrounds, foregrounds = write_sample_assets(tmp_path / "assets", 4, 6)
+    for device in ("cpu", "cuda"):
+        generate(tmp_path / device, backgrounds, foregrounds, recipe=Recipe(per_pair=9), device=device)
+    contents = [json.loads((tmp_path / device / "dataset.json").read_text()) for device in ("cpu", "cuda")]
+    assert contents[0] == contents[1]
+
+
+def test_out_of_memory_takes_smaller_batches_or_says_what_it_needs(folders, tmp_path):
+    import cupy
+
+    recipe = Recipe(size=(640, 480), foreground_height=100, per_pair=10)
+    generate(tmp_path / "cpu", **folders, recipe=recipe, device="cpu")
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    try:
+        pool.set_limit(size=100 << 20)
+        generate(tmp_path / "cuda", **folders, recipe=recipe, device="cuda", workers=2, batch_size=200)
+        assert oracle.tree_of(tmp_path / "cuda") == oracle.tree_of(tmp_path / "cpu")
+        pool.free_all_blocks()
+        pool.set_limit(size=6 << 20)
+        with pytest.raises(DeviceError, match=r"out of memory: one sample takes \d+ MB.*or use --device cpu"):
+            generate(tmp_path / "none", **folders, recipe=recipe, device="cuda", workers=2)
+    finally:
+        pool.set_limit(size=0)
+
+
+def test_a_writer_that_dies_is_one_error_and_the_run_continues(folders, tmp_path, monkeypatch):
+    from gpufgbg import cuda_pipeline
+
+    recipe = Recipe(size=(64, 48), foreground_height=20, per_pair=400)
+    generate(tmp_path / "whole", **folders, recipe=recipe, device="cuda", workers=2)
+    original, killed = cuda_pipeline._Writer.send, []
+
+    def send(self, message):
+        if message[0] == "samples" and message[2] > 5000 and not killed:
+            killed.append(self.process.kill())
+        original(self, message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_pipeline._Writer, "send", send)
+        with pytest.raises(DeviceError, match="a writer process ended with code -9"):
+            generate(tmp_path / "out", **folders, recipe=recipe, device="cuda", workers=2)
+    report = generate(tmp_path / "out", **folders, recipe=recipe, device="cuda", workers=2)
+    assert report.complete
+    assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
