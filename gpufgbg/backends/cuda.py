@@ -27,7 +27,7 @@ __all__ = ["CudaBackend", "CudaJpeg", "count_devices", "moments"]
 
 _MODULES = ("composite", "jpeg", "moments")
 _FLIP_MODES = {"never": 0, "always": 1, "both": 2}
-_COMPOSITE_THREADS = 256
+_COMPOSITE_THREADS, _MOMENTS_THREADS = 256, 192
 # kernels/jpeg.cu: MCUs of a chunk, and sampling factors, by mode
 _MODES = {"grey": (192, 1, 1), "444": (64, 1, 1), "422": (32, 2, 1), "420": (32, 2, 2)}
 _CLASS_ENTRIES, _HEADER_STRIDE, _SETUP_BYTES = 272, 640, 4096
@@ -102,8 +102,10 @@ def moments(pictures: Any) -> Moments:
 def _launch_moments(pictures: Any, channels: int, sums: Any) -> None:
     import cupy
 
-    blocks = cupy.cuda.Device().attributes["MultiProcessorCount"] * 8
-    kernel("moments", "moments")((blocks,), (256,), (pictures, np.int64(pictures.size), np.int32(channels), sums))
+    resident = cupy.cuda.Device().attributes["MultiProcessorCount"] * 8
+    blocks = max(1, min(resident, -(-pictures.size // 12_288)))
+    arguments = (pictures, np.int64(pictures.size), np.int32(channels), sums)
+    kernel("moments", "moments")((blocks,), (_MOMENTS_THREADS,), arguments)
 
 
 class CudaJpeg:
@@ -288,8 +290,11 @@ class CudaBackend:
                 first = int(index[0])
                 in_order = n == 1 or bool((np.diff(index) == 1).all())
                 indices = None if in_order else cupy.asarray(index)
+                # bands of rows where there are too few samples to fill the card
+                resident = self.device.attributes["MultiProcessorCount"] * 4
+                bands = min(recipe.height, max(1, resident // n))
                 kernel("composite", "composite")(
-                    (n,), (_COMPOSITE_THREADS,),
+                    (n, bands), (_COMPOSITE_THREADS,),
                     (self._backgrounds, self._foregrounds, self._masks, self._offsets, self._widths, self._heights,
                      np.int32(recipe.width), np.int32(recipe.height), np.int32(self.assets.n_foregrounds),
                      np.int32(recipe.per_pair), np.int32(_FLIP_MODES[recipe.flip]), np.uint64(recipe.seed),
@@ -307,6 +312,8 @@ class CudaBackend:
     def add_up(self, placements: Placements, changes: Any) -> dict[str, Moments]:
         """Exact moments from what the kernel changed of the backgrounds."""
         count = len(placements)
+        if not count:
+            return {"composite": Moments(), "composite_mask": Moments()}
         pixels = count * self.recipe.width * self.recipe.height
         counts = np.bincount(placements.background, minlength=len(self._background_sums)).tolist()
         old = [sum(c * row[k] for c, row in zip(counts, self._background_sums, strict=True)) for k in range(6)]
