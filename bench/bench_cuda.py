@@ -13,11 +13,12 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
@@ -174,55 +175,171 @@ def bench_pillow(table: Table, folders: dict) -> None:
     table.add(f"rival: the Pillow recipe, bytes to memory, {cores} processes", f"{sum(rates):,.0f} pairs/s")
 
 
-def generated(folders: dict, out: Path, *more: str) -> dict:
-    """A whole ``gpufgbg generate`` process: wall seconds from its start to its end, its own report, peak memory."""
-    shutil.rmtree(out, ignore_errors=True)
+class Memory:
+    """Peak of the proportional set size of a process and its children, sampled twice a second."""
+
+    def __init__(self, root: int) -> None:
+        self.root, self.peak_kb, self.stop = root, 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.5):
+            total = 0
+            for pid in self._family():
+                with suppress(OSError):
+                    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                    total += int(text.partition("Pss:")[2].split()[0])
+            self.peak_kb = max(self.peak_kb, total)
+
+    def _family(self) -> list[int]:
+        found = [self.root]
+        for pid in found:
+            with suppress(OSError):
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    found.extend(int(child) for child in (task / "children").read_text().split())
+        return found
+
+
+def generated(folders: dict, out: Path, *more: str, device: str = "cuda") -> dict:
+    """A whole ``gpufgbg generate`` process: its report, wall seconds from start to end, memory of all of it."""
     os.sync()
     given = [f"--{name}={path}" for name, path in folders.items() if path]
-    command = [sys.executable, "-m", "gpufgbg", "generate", *given, f"--out={out}", "--device=cuda", "--json", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "gpufgbg",
+        "generate",
+        *given,
+        f"--out={out}",
+        f"--device={device}",
+        "--json",
+        *more,
+    ]
     start = time.perf_counter()
-    found = subprocess.run(command, capture_output=True, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        memory = Memory(process.pid)
+        printed, error = process.communicate()
     took = time.perf_counter() - start
-    if found.returncode:
-        raise SystemExit(found.stderr[-3000:])
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return {**json.loads(found.stdout), "wall": took, "peak_mb": peak}
+    memory.stop.set()
+    if process.returncode:
+        raise SystemExit(error[-3000:])
+    return {**json.loads(printed), "wall": took, "host_mb": memory.peak_kb / 1024}
+
+
+def memory_of(report: dict) -> str:
+    return f"host {report['host_mb']:,.0f} MB in all, card {report['memory']['device'] / 2**20:,.0f} MB"
 
 
 def bench_job(table: Table, folders: dict, work: Path, repeats: int) -> None:
+    # Every run has a folder of its own and nothing is deleted between: ext4 makes new files slowly for a while after
+    # many were deleted.
     for sink in ("tree", "tar"):
-        for number in range(repeats):
-            report = generated(folders, work / sink, f"--sink={sink}")
+        for number in range(1, repeats + 1):
+            report = generated(folders, work / f"{sink}{number}", f"--sink={sink}")
             total = sum(report["bytes"].values())
             table.add(
-                f"main job: {report['samples']:,} pairs to {sink}, process start to last fsync, run {number + 1}",
+                f"main job: {report['samples']:,} pairs to {sink}, process start to last fsync, run {number}",
                 f"{report['wall']:.2f} s",
-                f"{report['samples'] / report['wall']:,.0f} pairs/s, {total / 1e9:.2f} GB, inside generate() "
-                f"{report['seconds']:.2f} s",
+                f"{report['samples'] / report['wall']:,.0f} pairs/s, {total / 1e9:.2f} GB; {memory_of(report)}",
             )
-        for phase, seconds in report["timeline"].items():
-            table.add(f"main job to {sink}, last run: {phase}", f"{seconds:.2f} s")
-        start = report["wall"] - report["seconds"]
-        table.add(f"main job to {sink}, last run: Python's start, imports, exit", f"{start:.2f} s")
+            phases = {"Python's start, imports, exit": report["wall"] - report["seconds"], **report["timeline"]}
+            for phase, seconds in phases.items():
+                table.add(f"to {sink}, run {number}: {phase}", f"{seconds:.2f} s")
 
 
 def bench_scale(table: Table, folders: dict, work: Path, counts: list[int]) -> None:
+    points = []
     for count in counts:
+        # At 4,000,000 samples the disk would be too small for quality 65.
+        options = ["--quality=10"] if count > 1_500_000 else []
         per_pair = max(20, -(-count // (2 * 99 * 99)))
-        report = generated(folders, work / "scale", "--sink=tar", f"--per-pair={per_pair}", f"--samples=0:{count}")
+        out = work / f"scale{count}"
+        report = generated(folders, out, "--sink=tar", f"--per-pair={per_pair}", f"--samples=0:{count}", *options)
         table.add(
-            f"cost: {count:,} samples to tar",
+            f"cost: {count:,} samples to tar{' at quality 10' if options else ''}",
             f"{report['wall']:.2f} s",
-            f"peak host memory {report['peak_mb']:.0f} MB",
+            f"{count / report['wall']:,.0f} pairs/s; {memory_of(report)}",
         )
-        shutil.rmtree(work / "scale", ignore_errors=True)
+        if not options:
+            points.append((count, report["wall"], report["timeline"]["samples"]))
+        shutil.rmtree(out)
+    with suppress(ImportError):
+        draw(points, work / "scale.png")
+
+
+def draw(points: list[tuple[int, float, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4))
+    counts = [p[0] for p in points]
+    axes.plot(counts, [p[1] for p in points], "o-", label="whole process")
+    axes.plot(counts, [p[2] for p in points], "s--", label="samples alone")
+    axes.set(xlabel="samples", ylabel="seconds", title="generate --sink tar on one card", xlim=0, ylim=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _compare(part: tuple[Path, Path, list[str]]) -> list[str]:
+    """Files of a data set that differ from another's or from what Pillow makes of its assets and labels."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import oracle
+
+    one, two, lines = part
+    wrong = []
+    for line in lines:
+        name, x, y = line.split("\t")
+        for path, data in oracle.expected_files(one, name, int(x), int(y)).items():
+            if (one / path).read_bytes() != data or (two / path).read_bytes() != data:
+                wrong.append(path)
+    return wrong
+
+
+def bench_equality(table: Table, folders: dict, work: Path) -> None:
+    cores, first = len(os.sched_getaffinity(0)), 123_457
+    ours, cpus = work / "slice_cuda", work / "slice_cpu"
+    for out, device in ((ours, "cuda"), (cpus, "cpu")):
+        generated(folders, out, f"--samples={first}:{first + 20_000}", device=device)
+    lines = [line for path in sorted((ours / "labels").iterdir()) for line in path.read_text().splitlines()]
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        parts = pool.map(_compare, [(ours, cpus, lines[k::cores]) for k in range(cores)])
+    wrong = [path for part in parts for path in part]
+    table.add("slice of 20,000 samples: files equal to Pillow's and to the CPU's", f"{2 * len(lines) - len(wrong):,}",
+              f"of {2 * len(lines):,}")  # fmt: skip
+    texts = [(out / "dataset.json").read_text() for out in (ours, cpus)]
+    table.add("slice of 20,000 samples: dataset.json equal to the CPU's", "yes" if texts[0] == texts[1] else "NO")
+    assert not wrong and texts[0] == texts[1] and len(lines) == 20_000
+
+
+_FIRST = """
+import time, sys
+from gpufgbg import Compositor, Recipe, prepare
+folders = [v or None for v in sys.argv[1:]]
+compositor = Compositor(prepare(*folders), device="cuda")
+batch = compositor.render(range(256))
+assert int(batch.mask.max()) > 0
+"""
+
+
+def bench_first(table: Table, folders: dict) -> None:
+    for number in (1, 2):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", _FIRST, *(str(v or "") for v in folders.values())], check=True)
+        table.add(
+            f"process start to first batch in the card's memory, run {number}", f"{time.perf_counter() - start:.2f} s"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--input", type=Path, help="folder with bg/, fg/, fg_mask/ (default: built-in sample assets)")
-    parser.add_argument("--only", default="render,encode,pillow,job,scale")
-    parser.add_argument("--counts", default="10000,100000,392040,1000000")
+    parser.add_argument("--only", default="render,encode,pillow,first,equality,job,scale")
+    parser.add_argument("--counts", default="10000,100000,392040,1000000,4000000")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench"))
     parser.add_argument("--out", type=Path, help="file for the table, in Markdown")
@@ -252,6 +369,10 @@ def main() -> None:
         cupy.get_default_memory_pool().free_all_blocks()
     if "pillow" in only:
         bench_pillow(table, folders)
+    if "first" in only:
+        bench_first(table, folders)
+    if "equality" in only:
+        bench_equality(table, folders, options.work)
     if "job" in only:
         bench_job(table, folders, options.work, options.repeats)
     if "scale" in only:

@@ -255,6 +255,7 @@ def _generate(options: argparse.Namespace) -> int:
                 "complete": report.complete,
                 "device": report.device,
                 "seconds": round(report.seconds, 3),
+                "memory": report.memory,
                 "timeline": {phase: round(seconds, 3) for phase, seconds in report.timeline.items()},
                 "bytes": report.size_bytes,
                 "statistics": {k: m.to_dict(summary=True) for k, m in report.statistics.items()},

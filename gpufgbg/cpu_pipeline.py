@@ -58,6 +58,7 @@ class CpuPipeline:
         self.batch = batch_size or max(1, min(BATCH, _BATCH_BYTES // frame_bytes))
         self.committer = Committer(sink, manifest)
         self.timeline: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
 
     def run(self, gaps: list[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob) -> bool:
         """Make the samples of ``gaps``; unfinished shards lie in ``folder``; ``made`` is told each batch's length.

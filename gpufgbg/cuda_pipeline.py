@@ -73,6 +73,7 @@ class CudaPipeline:
         self.workers = workers
         self.committer = Committer(sink, manifest)
         self.timeline: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
         recipe = plan.recipe
         largest = 4096 + _BLOCK_BYTES * 4 * (-(-recipe.width // 16)) * (-(-recipe.height // 16)) * 4
         self.slot_bytes = -(-max(_SLOT_BYTES, largest) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -105,6 +106,7 @@ class CudaPipeline:
             finally:
                 writers.stop()
                 ring.close()
+            self.memory = {"device": _pool_bytes(), "pinned": self.slots * self.slot_bytes}
         return True
 
     @contextmanager
@@ -192,6 +194,12 @@ class CudaPipeline:
                 f"{total >> 20} MB are free: free some, lower --size, or use --device cpu"
             ) from None
         self.batch = max(1, tried // 2)
+
+
+def _pool_bytes() -> int:
+    import cupy
+
+    return int(cupy.get_default_memory_pool().total_bytes())  # it never gives back, so this is its peak
 
 
 def _pieces(offsets: dict[str, Any], room: int) -> list[tuple[int, int, dict[str, tuple[int, int]]]]:

@@ -50,6 +50,9 @@ class GenerateReport:
         Exact sums by kind over everything that is there, as rendered, before JPEG.
     size_bytes : dict of str to int
         Bytes of the files by kind.
+    memory : dict of str to int
+        Bytes that the run held at most: ``"device"``, of a card's memory for frames and scratch, and ``"pinned"``, of
+        the host's for files under way; 0 on the CPU.
     timeline : dict of str to float
         Seconds that each part of the run took, in order; of the parts of "samples" that the calling thread spent
         waiting, which overlap with the work of others.
@@ -64,6 +67,7 @@ class GenerateReport:
     counts: dict[str, int]
     statistics: dict[str, Moments]
     size_bytes: dict[str, int]
+    memory: dict[str, int]
     timeline: dict[str, float]
 
     @property
@@ -139,6 +143,7 @@ def generate(
     manifest = Manifest(Path(out))
     wanted: Shard | None = None
     timeline: dict[str, float] = {}
+    memory = {"device": 0, "pinned": 0}
     mark = start
 
     def lap(phase: str) -> None:
@@ -191,6 +196,7 @@ def generate(
                     ahead = labels
                 lap("samples")
                 timeline.update(engine.timeline)
+                memory.update(engine.memory)
             except KeyboardInterrupt:
                 raise Interrupted(f"interrupted: {safe()}the same command continues") from None
         with manifest.locked():
@@ -215,6 +221,7 @@ def generate(
         counts,
         statistics,
         latest["bytes"],
+        memory,
         timeline,
     )
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import time
 
 import numpy as np
 import oracle
 import pytest
-from conftest import cutout, smooth
+from conftest import cutout, smooth, start
 from PIL import Image, ImageFile
 
 from gpufgbg import Assets, Compositor, DeviceError, JpegEncoder, Moments, Recipe, generate
@@ -50,11 +54,11 @@ def test_batches_do_not_matter(size):
     assets, recipe = made(64, 48), Recipe(size=(64, 48), foreground_height=20, per_pair=40)
     cpu, gpu = (Compositor(assets, recipe, device) for device in ("cpu", "cuda"))
     expected = cpu.render(range(len(cpu)))
-    for start in range(0, min(len(cpu), 40 * size), size):
-        stop = min(start + size, len(cpu))
-        batch = gpu.render(range(start, stop))
-        np.testing.assert_array_equal(batch.image.get(), expected.image[start:stop])
-        np.testing.assert_array_equal(batch.mask.get(), expected.mask[start:stop])
+    for first in range(0, min(len(cpu), 40 * size), size):
+        stop = min(first + size, len(cpu))
+        batch = gpu.render(range(first, stop))
+        np.testing.assert_array_equal(batch.image.get(), expected.image[first:stop])
+        np.testing.assert_array_equal(batch.mask.get(), expected.mask[first:stop])
 
 
 def test_two_streams_at_once():
@@ -232,3 +236,76 @@ def test_a_writer_that_dies_is_one_error_and_the_run_continues(folders, tmp_path
     report = generate(tmp_path / "out", **folders, recipe=recipe, device="cuda", workers=2)
     assert report.complete
     assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
+
+
+def big(folders) -> list[str]:
+    return [
+        "generate", *(f"--{name}={path}" for name, path in folders.items()), "--size=224", "--foreground-height=20",
+        "--per-pair=900", "--device=cuda", "--workers=2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sink", ["tree", "zip", "tar"])
+def test_killed_and_resumed(folders, tmp_path, sink):
+    command = [*big(folders), f"--sink={sink}"]
+    begun = time.monotonic()
+    with start(*command, f"--out={tmp_path / 'whole'}") as process:
+        printed = process.communicate(timeout=200)
+        assert process.returncode == 0, printed
+    took = time.monotonic() - begun
+    kills = 0
+    for part in (0.4, 0.6, 0.7, 0.8, 0.9):
+        with start(*command, f"--out={tmp_path / 'out'}") as process:
+            try:
+                process.communicate(timeout=took * part)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+    with start(*command, f"--out={tmp_path / 'out'}") as process:
+        printed = process.communicate(timeout=200)
+        assert process.returncode == 0, printed
+    assert kills
+    assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
+
+
+def test_interrupted_and_continued(folders, tmp_path):
+    command = [*big(folders), f"--out={tmp_path / 'out'}"]
+    with start(*command) as process:
+        runs = tmp_path / "out" / ".gpufgbg" / "runs"
+        while not (runs.is_dir() and any(runs.iterdir())) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "samples are safe; the same command continues" in error.splitlines()[-1]
+    assert not any(runs.iterdir())
+    with start(*command) as process:
+        printed = process.communicate(timeout=200)
+        assert process.returncode == 0, printed
+
+
+def test_full_disk(folders, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    small = [mount, "-t", "tmpfs", "-o", "size=60m", "none", disk]
+    if not mount or subprocess.run(small, capture_output=True).returncode:
+        pytest.skip("can't mount a small file system here")
+    try:
+        command = [*big(folders), f"--out={disk / 'out'}"]
+        with start(*command) as process:
+            printed, error = process.communicate(timeout=200)
+        last = error.splitlines()[-1]
+        assert process.returncode == 2 and printed == "" and last.startswith("gpufgbg: error: no space left")
+        assert "samples are safe" in last
+        subprocess.run([mount, "-o", "remount,size=2g", disk], check=True)
+        with start(*command) as process:
+            printed = process.communicate(timeout=200)
+            assert process.returncode == 0, printed
+        with start("verify", disk / "out", "--rerender", "200") as process:
+            printed = process.communicate(timeout=200)
+            assert process.returncode == 0, printed
+    finally:
+        subprocess.run(["umount", disk], check=True)
