@@ -120,13 +120,17 @@ class Compositor:
         Parameters
         ----------
         indices : (N,) integers
-            Any samples from 0 to ``len(compositor) - 1``, in any order, also twice.
+            Any samples from 0 to ``len(compositor) - 1``, in any order, also twice; on the host or on a card.
 
         Raises
         ------
         OptionError
             An index is outside the data set.
         """
+        if hasattr(indices, "__cuda_array_interface__"):
+            import cupy
+
+            indices = cupy.asnumpy(cupy.asarray(indices))
         placements = self.plan.placements(np.asarray(indices))
         composites, masks = self.backend.frames(len(placements))
         if self.backend.name != "cpu":

@@ -35,7 +35,7 @@ from gpufgbg.sinks import Sink
 
 __all__ = ["CudaPipeline"]
 
-_SLOT_BYTES = 32 << 20
+_SLOT_BYTES = 16 << 20  # with 32 MB, pinning takes longer and writers wait longer for their first samples
 _PINNED_BYTES = 1 << 30  # all slots together, unless one sample needs more
 _BLOCK_BYTES = 128  # an 8x8 block's share of the largest files seen (noise at quality 100)
 _MEMORY_SHARE = 0.25  # of the card's free memory that a batch may take
@@ -229,7 +229,14 @@ class _Ring:
         os.ftruncate(self.descriptor, slots * slot_bytes)
         self._memory = mmap.mmap(self.descriptor, slots * slot_bytes)
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
-        cupy.cuda.runtime.hostRegister(self._address, slots * slot_bytes, 0)
+        try:
+            cupy.cuda.runtime.hostRegister(self._address, slots * slot_bytes, 0)
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            os.close(self.descriptor)
+            raise DeviceError(
+                f"can't pin {slots * slot_bytes >> 20} MB of host memory ({error}): free some, raise the limit of locked "
+                "memory (ulimit -l), or use fewer workers"
+            ) from None
         self.free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(slots):
             self.free.put(slot)

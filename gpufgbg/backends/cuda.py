@@ -8,6 +8,7 @@ One fixed order for each operation: check, allocate, launch, return.
 
 from __future__ import annotations
 
+import sys
 import threading
 from importlib import resources
 from pathlib import Path
@@ -38,6 +39,8 @@ _lock = threading.Lock()
 
 def why_not(index: int = 0) -> str | None:
     """What keeps this machine from CUDA device ``index``, with what to do, or None where nothing does."""
+    if sys.platform != "linux":
+        return f"the CUDA engine needs Linux, this is {sys.platform}"
     try:
         import cupy
     except ImportError:
@@ -256,19 +259,32 @@ class CudaBackend:
         self.recipe = recipe
         self.assets = assets
         self.device = cupy.cuda.Device(index)
-        with self.device:
-            self._backgrounds = cupy.asarray(assets.backgrounds)
-            self._foregrounds = cupy.asarray(assets.foregrounds)
-            self._masks = cupy.asarray(assets.masks)
-            self._offsets = cupy.asarray(assets.offsets)
-            self._widths = cupy.asarray(assets.widths)
-            self._heights = cupy.asarray(assets.heights)
-            sums = cupy.zeros((len(assets.backgrounds), 6), np.uint64)
-            for b in range(len(assets.backgrounds)):
-                _launch_moments(self._backgrounds[b], 3, sums[b])
-            self._background_sums = sums.get().astype(object)  # Python's integers: sums of them never overflow
+        try:
+            with self.device:
+                self._load(assets)
+        except cupy.cuda.memory.OutOfMemoryError:
+            needed = sum(a.nbytes for a in (assets.backgrounds, assets.foregrounds, assets.masks)) >> 20
+            free, total = self.device.mem_info
+            raise DeviceError(
+                f"device {self.name}: out of memory: the pictures take {needed} MB, {free >> 20} MB of {total >> 20} MB "
+                "are free: free some, or use --device cpu"
+            ) from None
         self._mask_sums, self._mask_squares = blended_mask_sums(assets)
         self.jpeg = CudaJpeg(recipe.quality, recipe.subsampling, recipe.optimize)
+
+    def _load(self, assets: Assets) -> None:
+        import cupy
+
+        self._backgrounds = cupy.asarray(assets.backgrounds)
+        self._foregrounds = cupy.asarray(assets.foregrounds)
+        self._masks = cupy.asarray(assets.masks)
+        self._offsets = cupy.asarray(assets.offsets)
+        self._widths = cupy.asarray(assets.widths)
+        self._heights = cupy.asarray(assets.heights)
+        sums = cupy.zeros((len(assets.backgrounds), 6), np.uint64)
+        for b in range(len(assets.backgrounds)):
+            _launch_moments(self._backgrounds[b], 3, sums[b])
+        self._background_sums = sums.get().astype(object)  # Python's integers: sums of them never overflow
 
     def frames(self, count: int) -> tuple[Any, Any]:
         """Uninitialised composites (count, H, W, 3) and masks (count, H, W), uint8, on the card."""
