@@ -46,8 +46,8 @@ class Table:
         return "\n".join([*lines, *(f"| {a} | {b} | {c} |" for a, b, c in self.rows)]) + "\n"
 
 
-def seconds_a_call(function, repeats: int) -> float:
-    """Median seconds of a call, from device events around each, after three warm-up calls."""
+def seconds_a_call(function, repeats: int, together: int = 5) -> float:
+    """Median seconds of a call, from device events around ``together`` calls in a row, after warm-up."""
     import cupy
 
     for _ in range(3):
@@ -56,10 +56,11 @@ def seconds_a_call(function, repeats: int) -> float:
     for _ in range(repeats):
         start, end = cupy.cuda.Event(), cupy.cuda.Event()
         start.record()
-        function()
+        for _ in range(together):
+            function()
         end.record()
         end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3)
+        times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3 / together)
     return float(np.median(times))
 
 
@@ -99,7 +100,7 @@ def bench_render(table: Table, compositor: Compositor, pillow: PillowRecipe) -> 
 def bench_encode(table: Table, compositor: Compositor, pillow: PillowRecipe) -> None:
     import cupy
 
-    count = 2000
+    count = 4000
     batches = []
     for k in range(4):
         start = k * 97_000 % (len(compositor) - count)
@@ -236,7 +237,7 @@ def bench_job(table: Table, folders: dict, work: Path, repeats: int) -> None:
     # many were deleted.
     for sink in ("tree", "tar"):
         for number in range(1, repeats + 1):
-            report = generated(folders, work / f"{sink}{number}", f"--sink={sink}")
+            report = generated(folders, work / f"to_{sink}{number}", f"--sink={sink}")
             total = sum(report["bytes"].values())
             table.add(
                 f"main job: {report['samples']:,} pairs to {sink}, process start to last fsync, run {number}",
@@ -246,6 +247,8 @@ def bench_job(table: Table, folders: dict, work: Path, repeats: int) -> None:
             phases = {"Python's start, imports, exit": report["wall"] - report["seconds"], **report["timeline"]}
             for phase, seconds in phases.items():
                 table.add(f"to {sink}, run {number}: {phase}", f"{seconds:.2f} s")
+    for path in work.glob("to_*"):
+        shutil.rmtree(path)
 
 
 def bench_scale(table: Table, folders: dict, work: Path, counts: list[int]) -> None:
@@ -335,6 +338,12 @@ def bench_first(table: Table, folders: dict) -> None:
         )
 
 
+def device_name() -> str:
+    import cupy
+
+    return str(cupy.cuda.runtime.getDeviceProperties(0)["name"].decode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--input", type=Path, help="folder with bg/, fg/, fg_mask/ (default: built-in sample assets)")
@@ -359,8 +368,7 @@ def main() -> None:
         recipe = Recipe()
         assets = prepare(*folders.values(), recipe)
         compositor, pillow = Compositor(assets, recipe, "cuda"), PillowRecipe(assets)
-        name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-        table.add("device", name, f"Python {platform.python_version()}, CuPy {cupy.__version__}")
+        table.add("device", device_name(), f"Python {platform.python_version()}, CuPy {cupy.__version__}")
         if "render" in only:
             bench_render(table, compositor, pillow)
         if "encode" in only:
@@ -378,7 +386,8 @@ def main() -> None:
     if "scale" in only:
         bench_scale(table, folders, options.work, [int(v) for v in options.counts.split(",")])
     if options.out:
-        command = f"`python bench/bench_cuda.py {' '.join(sys.argv[1:])}`, {date.today()}"
+        machine = f"{device_name()}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}"
+        command = f"{machine}, {date.today()}: `python bench/bench_cuda.py {' '.join(sys.argv[1:])}`"
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(table.markdown(command))
 

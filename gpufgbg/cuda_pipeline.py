@@ -234,8 +234,8 @@ class _Ring:
         except cupy.cuda.runtime.CUDARuntimeError as error:
             os.close(self.descriptor)
             raise DeviceError(
-                f"can't pin {slots * slot_bytes >> 20} MB of host memory ({error}): free some, raise the limit of locked "
-                "memory (ulimit -l), or use fewer workers"
+                f"can't pin {slots * slot_bytes >> 20} MB of host memory ({error}): free some, raise the limit of "
+                "locked memory (ulimit -l), or use fewer workers"
             ) from None
         self.free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(slots):

@@ -266,8 +266,8 @@ class CudaBackend:
             needed = sum(a.nbytes for a in (assets.backgrounds, assets.foregrounds, assets.masks)) >> 20
             free, total = self.device.mem_info
             raise DeviceError(
-                f"device {self.name}: out of memory: the pictures take {needed} MB, {free >> 20} MB of {total >> 20} MB "
-                "are free: free some, or use --device cpu"
+                f"device {self.name}: out of memory: the pictures take {needed} MB, {free >> 20} MB of "
+                f"{total >> 20} MB are free: free some, or use --device cpu"
             ) from None
         self._mask_sums, self._mask_squares = blended_mask_sums(assets)
         self.jpeg = CudaJpeg(recipe.quality, recipe.subsampling, recipe.optimize)
@@ -306,9 +306,9 @@ class CudaBackend:
                 first = int(index[0])
                 in_order = n == 1 or bool((np.diff(index) == 1).all())
                 indices = None if in_order else cupy.asarray(index)
-                # bands of rows where there are too few samples to fill the card
+                # Two bands of rows a sample write fastest; more where there are too few samples to fill the card.
                 resident = self.device.attributes["MultiProcessorCount"] * 4
-                bands = min(recipe.height, max(1, resident // n))
+                bands = min(recipe.height, max(2, resident // n))
                 kernel("composite", "composite")(
                     (n, bands), (_COMPOSITE_THREADS,),
                     (self._backgrounds, self._foregrounds, self._masks, self._offsets, self._widths, self._heights,
