@@ -28,7 +28,7 @@ from gpufgbg import Compositor, Recipe, prepare
 from gpufgbg.cpu_pipeline import BATCH
 from gpufgbg.sample_assets import write_sample_assets
 
-CHUNK = 600  # samples a round
+ENCODED, RENDERED = 600, 4000  # samples a round
 
 
 def seconds(function, *arguments) -> float:
@@ -121,16 +121,17 @@ def main() -> None:
         check(compositor, pillow, compositor.plan.placements(np.arange(0, len(compositor), 97)[:2000]))
         rows: dict[str, list[float]] = {}
         for number in range(options.rounds + 1):
-            first = number * CHUNK * 7 % (len(compositor) - CHUNK)
-            placements = compositor.plan.placements(np.arange(first, first + CHUNK))
+            first = number * 4200 % (len(compositor) - RENDERED)
+            rendered = compositor.plan.placements(np.arange(first, first + RENDERED))
+            encoded = rendered[:ENCODED]
             took = {
-                "pillow": seconds(consume, pillow.encode(placements)),
-                "ours 1": seconds(encode, compositor, placements, 1),
-                "ours 2": seconds(encode, compositor, placements, 2),
-                "pillow render": seconds(consume, pillow.render(placements)),
-                "pillow render, flipped ahead": seconds(consume, pillow.render(placements, True)),
-                "render 1": seconds(render, compositor, placements, 1),
-                "render 2": seconds(render, compositor, placements, 2),
+                "pillow": seconds(consume, pillow.encode(encoded)),
+                "ours 1": seconds(encode, compositor, encoded, 1),
+                "ours 2": seconds(encode, compositor, encoded, 2),
+                "pillow render": seconds(consume, pillow.render(rendered)),
+                "pillow render, flipped ahead": seconds(consume, pillow.render(rendered, True)),
+                "render 1": seconds(render, compositor, rendered, 1),
+                "render 2": seconds(render, compositor, rendered, 2),
             }
             if number == 0:
                 continue  # warm-up

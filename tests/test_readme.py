@@ -44,3 +44,12 @@ def test_ci_runs_the_test_command_as_it_stands():
 def test_links_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert (ROOT / target).is_file(), target
+
+
+def test_figures_are_those_of_the_results():
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        import report
+    finally:
+        sys.path.pop(0)
+    assert report.updated(TEXT) == TEXT
