@@ -78,7 +78,7 @@ def test_what_a_data_set_holds(make, tmp_path):
     # statistics are those of the rendered pixels, and `bytes` those of the files
     from gpufgbg import Compositor, prepare
 
-    batch = Compositor(prepare(out / "bg", out / "fg", out / "fg_mask", SMALL), SMALL).render(range(48))
+    batch = Compositor(prepare(out / "bg", out / "fg", out / "fg_mask", SMALL), SMALL, "cpu").render(range(48))
     assert Moments.from_dict(content["statistics"]["composite"]) == Moments.of(batch.image)
     assert Moments.from_dict(content["statistics"]["composite_mask"]) == Moments.of(batch.mask)
     assert report.statistics["composite"] == Moments.of(batch.image)
