@@ -277,6 +277,8 @@ def _demo(options: argparse.Namespace) -> int:
     from gpufgbg.report import preview
     from gpufgbg.sample_assets import write_sample_assets
 
+    if not options.out:
+        raise OptionError("OUT", "got an empty name, expected a folder")
     out = Path(options.out)
     recipe = Recipe(per_pair=options.per_pair)
     assets, dataset = out / "assets", out / "dataset"

@@ -82,7 +82,7 @@ def test_bad_usage_is_one_line(run, arguments, message):
 
 
 def test_generate_prints_the_table_and_plain_progress(run, arguments, tmp_path):
-    code, printed, error = run(*arguments, "--device=cpu")
+    code, printed, error = run(*arguments)
     assert code == 0
     lines = printed.splitlines()
     assert lines[0].split() == ["kind", "folder", "count", "size", "mean", "std"]
@@ -165,6 +165,11 @@ def test_demo(run, tmp_path):
     assert run("verify", dataset, "--rerender", 20)[0] == 0
 
 
+def test_demo_wants_a_name(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "OUT: got an empty name" in refused("demo", "", out=tmp_path)
+
+
 def test_demo_keeps_away_from_other_peoples_folders(refused, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("dear")
@@ -183,6 +188,6 @@ def test_auto_says_why_it_runs_on_the_cpu(run, arguments):
     reason = backends.why_cpu("auto")
     if reason is None:
         pytest.skip("this machine has a CUDA device")
-    code, printed, _ = run(*arguments)
+    code, printed, _ = run(*arguments, "--device=auto")
     assert code == 0 and printed.splitlines()[-1] == f"made on the CPU: {reason}"
-    assert "on the CPU" not in run(*arguments, "--device=cpu")[1]
+    assert "on the CPU" not in run(*arguments)[1]

@@ -27,7 +27,7 @@ def make(folders, tmp_path):
     """Makes a data set of the small input in ``tmp_path / name``."""
 
     def call(name: str, recipe: Recipe = SMALL, **options):
-        return generate(tmp_path / name, **folders, recipe=recipe, **{"workers": 2, **options})
+        return generate(tmp_path / name, **folders, recipe=recipe, **{"workers": 2, "device": "cpu", **options})
 
     return call
 
@@ -178,7 +178,14 @@ def test_samples_that_another_process_makes_are_refused(make, tmp_path):
 
 @pytest.mark.parametrize("sink", SINKS)
 def test_killed_at_random_moments_and_resumed(folders, tmp_path, sink):
-    options = ["--per-pair=300", "--size=64x48", "--foreground-height=20", "--workers=2", f"--sink={sink}"]
+    options = [
+        "--per-pair=300",
+        "--size=64x48",
+        "--foreground-height=20",
+        "--workers=2",
+        "--device=cpu",
+        f"--sink={sink}",
+    ]
     command = ["generate", *(f"--{name}={path}" for name, path in folders.items()), *options]
     begun = time.monotonic()
     with start(*command, f"--out={tmp_path / 'whole'}") as process:
