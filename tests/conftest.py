@@ -63,7 +63,7 @@ def people() -> Path:
 
 @pytest.fixture
 def arguments(folders: dict[str, Path], tmp_path: Path) -> list[str]:
-    """Arguments of a small ``generate`` on the CPU into ``tmp_path / 'out'``; tests/test_cuda.py has the card's turn."""
+    """Arguments of a small ``generate`` on the CPU into ``tmp_path / 'out'``."""
     return [
         "generate",
         *(f"--{name}={folder}" for name, folder in folders.items()),
