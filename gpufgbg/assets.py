@@ -12,11 +12,10 @@ import io
 import os
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +37,6 @@ from gpufgbg.recipe import Recipe
 __all__ = ["AssetFile", "Assets", "Sources", "find_sources", "prepare"]
 
 SAVED_QUALITY = 95  # of backgrounds and masks that can't be kept as they came; 4:4:4
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -325,8 +322,8 @@ def prepare_sources(sources: Sources, recipe: Recipe, workers: int = 1) -> Asset
     masks: Sequence[Path | None] = sources.masks or [None] * len(sources.foregrounds)
     pairs = list(zip(sources.foregrounds, masks, strict=True))
     with quiet_decoding(), ThreadPoolExecutor(max(1, workers)) as pool:
-        behind = _collect(pool, lambda path: _background(path, recipe), sources.backgrounds)
-        before = _collect(pool, lambda pair: _foreground(pair[0], pair[1], recipe), pairs)
+        behind = list(pool.map(lambda path: _background(path, recipe), sources.backgrounds))
+        before = list(pool.map(lambda pair: _foreground(pair[0], pair[1], recipe), pairs))
     raise_all([p for _, problems, _ in (*behind, *before) for p in problems])
     for _, _, notes in (*behind, *before):
         for note in notes:
@@ -341,10 +338,6 @@ def prepare_sources(sources: Sources, recipe: Recipe, workers: int = 1) -> Asset
 
 
 _Prepared = tuple[tuple[AssetFile, ...], list[str], list[str]]  # files, problems, notes
-
-
-def _collect(pool: ThreadPoolExecutor, function: Callable[[_T], _Prepared], items: Iterable[_T]) -> list[_Prepared]:
-    return list(pool.map(function, items))
 
 
 def _read(path: Path, problems: list[str], notes: list[str]) -> Picture | None:
