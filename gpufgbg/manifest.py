@@ -259,11 +259,15 @@ class Manifest:
             path.replace(folder / path.name)
         fsync_folder(folder)
 
-    def forget_all_but(self, kept: Iterable[ShardRecord]) -> None:
-        """Remove the records of pieces that have been joined."""
+    def forget_pieces(self, joined: Iterable[ShardRecord]) -> None:
+        """Remove the records of pieces that lie in these joined ones; others may be added meanwhile, and stay."""
         folder = self.state / "shards"
-        names = {f"{record.shard.name}.json" for record in kept}
-        stale = [path for path in folder.glob("*.json") if path.name not in names]
+        whole = {record.shard for record in joined}
+        stale = []
+        for path in folder.glob("*.json"):
+            piece = Shard.from_name(path.stem)
+            if piece not in whole and any(w.start <= piece.start and piece.stop <= w.stop for w in whole):
+                stale.append(path)
         for path in stale:
             path.unlink()
         if stale:

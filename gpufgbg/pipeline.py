@@ -457,7 +457,7 @@ def _join_records(manifest: Manifest, compositor: Compositor, sink: sinks.Sink) 
         )
         manifest.record([whole])
         joined.append(whole)
-    manifest.forget_all_but(joined)
+    manifest.forget_pieces(joined)
     return joined
 
 

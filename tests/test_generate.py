@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -166,6 +167,37 @@ def test_two_processes_fill_one_data_set(make, arguments, tmp_path, sink):
     assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("sink", SINKS)
+def test_one_process_finishes_while_another_commits(make, tmp_path, monkeypatch, sink):
+    """The other has published a piece but not recorded it yet; and it records one between two looks of ours."""
+    make("whole", sink=sink)
+    make("donor", sink=sink, samples=(20, 48))
+    make("out", sink=sink, samples=(0, 10))
+    donor, out = tmp_path / "donor", tmp_path / "out"
+    record = next((donor / ".gpufgbg" / "shards").iterdir())
+
+    def copy(*folders: str) -> None:
+        for folder in folders:
+            if (donor / folder).is_dir():
+                shutil.copytree(donor / folder, out / folder, dirs_exist_ok=True)
+
+    copy("fg_bg", "fg_bg_masks", "shards", ".gpufgbg/parts")  # published
+    make("out", sink=sink, samples=(10, 20))
+    original = Manifest.forget_pieces
+
+    def late(self, joined):
+        shutil.copy(record, out / ".gpufgbg" / "shards" / record.name)  # recorded
+        original(self, joined)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "forget_pieces", late)
+        make("out", sink=sink, samples=(0, 20))
+    assert (out / ".gpufgbg" / "shards" / record.name).exists()
+    report = make("out", sink=sink)
+    assert report.samples == 0 and report.complete
+    assert oracle.tree_of(out) == oracle.tree_of(tmp_path / "whole")
+
+
 def test_samples_that_another_process_makes_are_refused(make, tmp_path):
     make("out", samples=(0, 10))
     manifest = Manifest(tmp_path / "out")
@@ -234,7 +266,7 @@ def test_killed_at_every_step_of_committing_and_finishing(make, tmp_path, monkey
     whole = oracle.tree_of(tmp_path / "whole")
     places = [
         (manifest.Manifest, "record"),
-        (manifest.Manifest, "forget_all_but"),
+        (manifest.Manifest, "forget_pieces"),
         (manifest.Manifest, "write"),
         (pipeline, "write_labels"),
         (pipeline, "publish_labels"),

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from gpufgbg.exceptions import DatasetError, printable
 from gpufgbg.files import atomic_path, fsync_folder, sync_file_system
 from gpufgbg.layout import TAR_SUFFIXES, Layout
-from gpufgbg.manifest import STATE, tiling
+from gpufgbg.manifest import STATE, missing, tiling
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.sinks import EncodedSamples, FileShard
 
@@ -136,10 +136,15 @@ class TarSink:
                 raise DatasetError(f"{printable(path)}: can't be read: {error}") from None
 
     def finish(self, done: Sequence[Shard]) -> None:
-        """Join the pieces of cells that are whole by now."""
+        """Join the pieces of cells that are whole by now.
+
+        Only of cells that are committed as a whole: another process may have published a piece and not recorded it.
+        """
         cells = {self.plan.cell(Shard.from_name(p.stem.partition(".part-")[2]).start)[0]
                  for p in self.folder.glob("shard-*.part-*.tar")}  # fmt: skip
         for cell in sorted(cells):
+            if missing(cell, list(done)):
+                continue
             pieces, whole = self._pieces(cell), self.path(cell)
             order = tiling(pieces, cell)
             if order and not whole.exists():
