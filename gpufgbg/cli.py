@@ -7,7 +7,9 @@ interrupted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import re
 import signal
 import sys
@@ -15,10 +17,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpufgbg._version import __version__
+from gpufgbg.depth.options import (
+    BACKENDS,
+    DEMO,
+    INPUTS,
+    MEANINGS,
+    PRECISIONS,
+    RANGES,
+    UPSAMPLINGS,
+    DepthOptions,
+)
 from gpufgbg.exceptions import (
     GpufgbgError,
     GpufgbgWarning,
@@ -27,6 +40,9 @@ from gpufgbg.exceptions import (
     printable,
 )
 from gpufgbg.recipe import FLIPS, SUBSAMPLINGS, Recipe
+
+if TYPE_CHECKING:
+    from gpufgbg.pipeline import GenerateReport
 
 __all__ = ["main"]
 
@@ -48,6 +64,16 @@ def _number(text: str) -> int:
     if not re.fullmatch(r"[+-]?\d+", text):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive number")
+    return value
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -92,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", required=True, metavar="PATH", help="folder of the data set")
     _add_recipe(made)
+    _add_depth(made, "--depth", "add depth maps, predicted with these weights")
     made.add_argument(
         "--sink",
         choices=("tree", "zip", "tar"),
@@ -119,8 +146,34 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--sink", choices=("tree", "zip", "tar"), default="tree", help="as for generate (default: tree)"
     )
+    demo.add_argument(
+        "--depth",
+        action=argparse.BooleanOptionalAction,
+        help="depth maps by the built-in network (default: where ONNX Runtime is installed)",
+    )
     _add_machine(demo)
     demo.set_defaults(run=_demo)
+
+    depth = commands.add_parser(
+        "depth",
+        help="add depth maps to a data set, predict them for a folder of pictures, or build the engine ahead",
+        description="Add depth maps to a data set that gpufgbg made, predict them for any folder of pictures, or "
+        "build the TensorRT engine ahead. The same command continues a run that was stopped.",
+    )
+    depth.add_argument(
+        "target", metavar="DATASET|FOLDER|build", help="a data set's folder, a folder of pictures, or the word build"
+    )
+    _add_depth(depth, "--weights", "weights of the network")
+    depth.add_argument("--out", metavar="DIR", help="for a folder of pictures: where the depth maps go")
+    depth.add_argument(
+        "--frame",
+        type=_size,
+        default=(224, 224),
+        metavar="N|WxH",
+        help="for build: the data set's frame (default: 224)",
+    )
+    _add_machine(depth)
+    depth.set_defaults(run=_depth)
 
     stats = commands.add_parser(
         "stats",
@@ -202,6 +255,56 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_depth(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    parser.add_argument(
+        name,
+        dest="depth",
+        required=name != "--depth",
+        metavar=f"FILE|{DEMO}",
+        help=f"{what}: DenseDepth's HDF5 (nyu.h5), any monocular model in ONNX, or the built-in {DEMO} network",
+    )
+    parser.add_argument(
+        "--depth-input",
+        choices=INPUTS,
+        default="saved",
+        help="predict from composites as their files decode, or as they were rendered (default: saved)",
+    )
+    parser.add_argument(
+        "--depth-backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what runs the network (default: TensorRT on a card, ONNX Runtime on the CPU)",
+    )
+    parser.add_argument("--depth-precision", choices=PRECISIONS, help="default: fp16 with TensorRT, else fp32")
+    parser.add_argument(
+        "--depth-size",
+        type=_size,
+        metavar="N|WxH",
+        help="the network's input (default: twice the frame, or the file's)",
+    )
+    parser.add_argument(
+        "--depth-batch", type=_number, metavar="N", help="pictures an inference (default: 64 on a card)"
+    )
+    parser.add_argument(
+        "--depth-upsampling",
+        choices=UPSAMPLINGS,
+        default=UPSAMPLINGS[0],
+        help="DenseDepth's bilinear x2, as TensorFlow 2 or TensorFlow 1 computes it (default: half-pixel)",
+    )
+    parser.add_argument(
+        "--depth-range", choices=RANGES, help="values that an ONNX model takes (default: unit, 0 to 1)"
+    )
+    parser.add_argument(
+        "--depth-meaning", choices=MEANINGS, help="what an ONNX model gives (default: what it says, or metres)"
+    )
+    parser.add_argument(
+        "--depth-scale",
+        type=_positive,
+        metavar="METRES",
+        help="metres of one unit of depth (default: 10 for DenseDepth, as for nyu.h5; kitti.h5 has 80; else 1)",
+    )
+
+
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="where samples are made (default: auto)"
@@ -218,9 +321,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from gpufgbg.backends import why_cpu
     from gpufgbg.pipeline import generate
-    from gpufgbg.report import format_table
 
     recipe = Recipe(
         per_pair=options.per_pair,
@@ -232,6 +333,7 @@ def _generate(options: argparse.Namespace) -> int:
         subsampling=options.subsampling,
         optimize=options.optimize,
     )
+    depth = _depth_options(options)
     with _progress("samples", quiet=options.json) as progress:
         report = generate(
             options.out,
@@ -239,12 +341,20 @@ def _generate(options: argparse.Namespace) -> int:
             options.foregrounds,
             options.masks,
             recipe,
+            depth=depth,
             sink=options.sink,
             device=options.device,
             samples=options.samples,
             workers=options.workers,
             progress=progress,
+            tell=None if options.json else _tell,
         )
+    return _print_report(report, options, depth)
+
+
+def _print_report(report: GenerateReport, options: argparse.Namespace, depth: DepthOptions | None) -> int:
+    from gpufgbg.report import format_table
+
     if options.json:
         _print_json(
             {
@@ -256,6 +366,7 @@ def _generate(options: argparse.Namespace) -> int:
                 "device": report.device,
                 "seconds": round(report.seconds, 3),
                 "memory": report.memory,
+                "transferred": report.transferred,
                 "timeline": {phase: round(seconds, 3) for phase, seconds in report.timeline.items()},
                 "bytes": report.size_bytes,
                 "statistics": {k: m.to_dict(summary=True) for k, m in report.statistics.items()},
@@ -266,9 +377,38 @@ def _generate(options: argparse.Namespace) -> int:
     rate = f", {report.samples / report.seconds:,.0f}/s" if report.samples else ""
     state = "complete" if report.complete else f"{report.done:,} of {report.total:,} samples"
     print(f"{report.samples:,} samples in {report.seconds:.1f} s{rate}; {printable(report.out)}: {state}")
+    _print_remarks(options, depth)
+    return 0
+
+
+def _print_remarks(options: argparse.Namespace, depth: DepthOptions | None) -> None:
+    from gpufgbg.backends import why_cpu
+
+    if depth is not None and depth.weights == DEMO:
+        print("depth maps are the built-in demo network's: for trying out, not for training")
     if reason := why_cpu(options.device):
         print(f"made on the CPU: {reason}")
-    return 0
+
+
+def _tell(text: str) -> None:
+    print(f"gpufgbg: {text}", file=sys.stderr, flush=True)
+
+
+def _depth_options(options: argparse.Namespace) -> DepthOptions | None:
+    if options.depth is None:
+        return None
+    return DepthOptions(
+        options.depth,
+        input=options.depth_input,
+        backend=options.depth_backend,
+        precision=options.depth_precision,
+        size=options.depth_size,
+        batch=options.depth_batch,
+        upsampling=options.depth_upsampling,
+        range=options.depth_range,
+        meaning=options.depth_meaning,
+        scale=options.depth_scale,
+    )
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -288,6 +428,13 @@ def _demo(options: argparse.Namespace) -> int:
         backgrounds, foregrounds = write_sample_assets(assets)
     options.backgrounds, options.foregrounds, options.masks = backgrounds, foregrounds, None
     options.out, options.samples = dataset, None
+    wanted = options.depth
+    if wanted is None:
+        wanted = find_spec("onnxruntime") is not None and find_spec("onnx") is not None
+    defaults = DepthOptions()
+    options.depth = DEMO if wanted else None
+    for field in dataclasses.fields(defaults)[1:]:
+        setattr(options, f"depth_{field.name}", getattr(defaults, field.name))
     for name in ("flip", "size", "foreground_height", "seed", "quality", "subsampling", "optimize"):
         setattr(options, name, getattr(recipe, name))
     code = _generate(options)
@@ -295,6 +442,50 @@ def _demo(options: argparse.Namespace) -> int:
     if not options.json:
         print(f"contact sheet: {printable(sheet)}")
     return code
+
+
+def _depth(options: argparse.Namespace) -> int:
+    from gpufgbg.manifest import Manifest
+    from gpufgbg.pipeline import add_depth
+    from gpufgbg.predict import build_engine, predict_folder
+
+    depth = _depth_options(options)
+    assert depth is not None
+    tell = None if options.json else _tell
+    if options.target == "build":
+        if options.out:
+            raise OptionError("out", "is for a folder of pictures; build keeps the engine in the cache folder")
+        engine = build_engine(depth, options.frame, options.device, tell)
+        if options.json:
+            _print_json(engine)
+        else:
+            state = "built now" if engine["built"] else "was there"
+            print(f"{engine['version']} engine for {engine['device']}, {engine['batch']} pictures at a time: {state}")
+        return 0
+    if Manifest(Path(options.target)).file.is_file():
+        if options.out:
+            raise OptionError("out", f"{printable(options.target)} is a data set of ours: its depth maps go into it")
+        with _progress("samples", quiet=options.json) as progress:
+            report = add_depth(
+                options.target, depth, device=options.device, workers=options.workers, progress=progress, tell=tell
+            )
+        return _print_report(report, options, depth)
+    with _progress("pictures", quiet=options.json) as progress:
+        found = predict_folder(
+            options.target,
+            options.out,
+            depth,
+            device=options.device,
+            workers=options.workers,
+            progress=progress,
+            tell=tell,
+        )
+    if options.json:
+        _print_json(dataclasses.asdict(found) | {"out": str(found.out), "seconds": round(found.seconds, 3)})
+    else:
+        print(f"{found.predicted:,} depth maps in {found.seconds:.1f} s; {printable(found.out)}: {found.pictures:,}")
+        _print_remarks(options, depth)
+    return 0
 
 
 def _stats(options: argparse.Namespace) -> int:

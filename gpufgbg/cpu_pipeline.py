@@ -10,7 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpufgbg.backends.cpu import CpuBackend
+import numpy as np
+import numpy.typing as npt
+
+from gpufgbg.backends.cpu import CpuBackend, decode_jpeg, encode_jpeg
+from gpufgbg.backends.cpu import moments as count
+from gpufgbg.depth.model import DEPTH_JPEG, DepthModel
 from gpufgbg.labels import LabelJob
 from gpufgbg.manifest import Manifest, ShardRecord
 from gpufgbg.moments import Moments
@@ -39,6 +44,8 @@ class CpuPipeline:
         Threads.
     batch_size : int, optional
         Samples a worker takes at a time.
+    depth : DepthModel, optional
+        Makes depth maps too.
     """
 
     def __init__(
@@ -49,8 +56,10 @@ class CpuPipeline:
         manifest: Manifest,
         workers: int,
         batch_size: int | None,
+        depth: DepthModel | None = None,
     ) -> None:
         self.backend = backend
+        self.depth = depth
         self.plan = plan
         self.sink = sink
         self.workers = workers
@@ -59,6 +68,7 @@ class CpuPipeline:
         self.committer = Committer(sink, manifest)
         self.timeline: dict[str, float] = {}
         self.memory: dict[str, int] = {}
+        self.transferred: dict[str, int] = {}
 
     def run(self, gaps: list[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob) -> bool:
         """Make the samples of ``gaps``; unfinished shards lie in ``folder``; ``made`` is told each batch's length.
@@ -77,7 +87,8 @@ class CpuPipeline:
                 for kind, m in part.items():
                     moments[kind] = moments.get(kind, Moments()) + m
                 if last:
-                    record = ShardRecord(shard.shard, shard.close(), shard.size_bytes, moments)
+                    checksum = shard.close()
+                    record = ShardRecord(shard.shard, checksum, shard.size_bytes, moments, shard.depth_ranges)
                     opened.popleft()
                     self.committer.submit(record, shard.folder)
                 made(len(samples.placements))
@@ -117,5 +128,19 @@ class CpuPipeline:
         backend = self.backend
         composites, masks, moments = backend.render_reusing(shard.placements[batch], self.batch)
         files = {"composite": backend.encode(composites), "composite_mask": backend.encode(masks)}
-        samples = shard.samples(batch, files)
+        ranges = None
+        if self.depth is not None:
+            files["depth"], ranges, moments["depth"] = self._depth(composites, files["composite"])
+        samples = shard.samples(batch, files, ranges)
         return samples, self.sink.pack(samples, shard.folder), moments
+
+    def _depth(
+        self, composites: npt.NDArray[np.uint8], saved: list[bytes]
+    ) -> tuple[list[bytes], npt.NDArray[np.float32], Moments]:
+        """Depth maps of a batch as files, their ranges and their moments."""
+        assert self.depth is not None
+        if self.depth.options.input == "saved":
+            composites = decode_jpeg(saved)
+        maps = self.depth.maps(composites)
+        self.depth.check(maps.faults)
+        return encode_jpeg(maps.grey, *DEPTH_JPEG), maps.range, count(maps.grey)

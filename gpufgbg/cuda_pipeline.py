@@ -1,5 +1,8 @@
 """The main job's pipeline on a card: render and encode batch k + 1 while batch k's bytes are copied and written.
 
+With depth maps, batch k + 1 is rendered, and its inferences are queued, while batch k's run, so that the card's next
+inference never waits for Python.
+
 Pixels stay on the card. One copy of compressed bytes a batch goes into pinned memory that writers share; these are
 processes (`gpufgbg.writer`), each with one shard at a time. The pinned memory is a ring of slots of fixed size, so
 memory does not depend on how many samples are made.
@@ -18,13 +21,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpufgbg.backends.cuda import CudaBackend
+from gpufgbg.backends import PendingMoments
+from gpufgbg.backends.cuda import CudaBackend, CudaJpeg, PendingSums, start_moments
+from gpufgbg.depth.model import DEPTH_JPEG, DepthModel
 from gpufgbg.exceptions import DeviceError
 from gpufgbg.labels import LabelJob
 from gpufgbg.manifest import Manifest, ShardRecord
@@ -55,6 +61,8 @@ class CudaPipeline:
         Writer processes.
     batch_size : int, optional
         Samples a launch; by default what a slot and the card's free memory allow.
+    depth : DepthModel, optional
+        Makes depth maps too.
     """
 
     def __init__(
@@ -65,8 +73,10 @@ class CudaPipeline:
         manifest: Manifest,
         workers: int,
         batch_size: int | None,
+        depth: DepthModel | None = None,
     ) -> None:
         self.backend = backend
+        self.depth = depth
         self.plan = plan
         self.sink = sink
         self.manifest = manifest
@@ -74,26 +84,44 @@ class CudaPipeline:
         self.committer = Committer(sink, manifest)
         self.timeline: dict[str, float] = {}
         self.memory: dict[str, int] = {}
+        self.transferred = {"files": 0, "other": 0}
         recipe = plan.recipe
-        largest = 4096 + _BLOCK_BYTES * 4 * (-(-recipe.width // 16)) * (-(-recipe.height // 16)) * 4
+        channels = 4 if depth is None else 5
+        largest = 4096 + _BLOCK_BYTES * channels * (-(-recipe.width // 16)) * (-(-recipe.height // 16)) * 4
         self.slot_bytes = -(-max(_SLOT_BYTES, largest) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.slots = max(2, min(2 * workers + 2, _PINNED_BYTES // self.slot_bytes))
         with backend.device:
             free, _ = backend.device.mem_info
-        fits = int(free * _MEMORY_SHARE) // backend.sample_bytes()
-        usual = self.slot_bytes * 8 // (4 * recipe.width * recipe.height)  # files are some 1/12 of their pixels
-        self.batch = batch_size or max(1, min(usual, fits))
+        fits = int(free * _MEMORY_SHARE) // self.sample_bytes()
+        usual = (
+            self.slot_bytes * 8 // (channels * recipe.width * recipe.height)
+        )  # files are some 1/12 of their pixels
+        batch = max(1, min(usual, fits))
+        if depth is not None and batch > depth.batch:
+            batch -= batch % depth.batch  # whole inferences
+        self.batch = batch_size or batch
+
+    def sample_bytes(self) -> int:
+        """Bytes of the card's memory that one sample of a batch takes while it is made."""
+        needed = self.backend.sample_bytes()
+        if self.depth is None:
+            return needed
+        recipe = self.plan.recipe
+        # two batches are under way, and each has its decoded composites and its maps
+        return 2 * needed + recipe.width * recipe.height * 12
 
     def run(self, gaps: list[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob) -> bool:
         """Make the samples of ``gaps``; returns whether the label files were written too."""
+        ahead = self.depth is None  # else they want every sample's range of depth
         with self.backend.device:
             with self._timed("samples: pin the shared memory"):
                 ring = _Ring(self.slots, self.slot_bytes)
             with self._timed("samples: start the writers"):
                 writers = _Writers(self, ring, folder)
             try:
-                writers.start_labels(labels)
-                self._fill(gaps, ring, writers, made)
+                if ahead:
+                    writers.start_labels(labels)
+                _Filler(self, ring, writers, made).fill(gaps)
                 with self._timed("samples: last writers"):
                     writers.finish()
                 with self._timed("samples: last commits"):
@@ -107,7 +135,7 @@ class CudaPipeline:
                 writers.stop()
                 ring.close()
             self.memory = {"device": _pool_bytes(), "pinned": self.slots * self.slot_bytes}
-        return True
+        return ahead
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -117,70 +145,6 @@ class CudaPipeline:
         finally:
             self.timeline[phase] = self.timeline.get(phase, 0.0) + time.perf_counter() - begun
 
-    def _fill(self, gaps: list[Shard], ring: _Ring, writers: _Writers, made: Callable[[int], None]) -> None:
-        import cupy
-
-        compute, copy = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
-        copying: deque[tuple[Any, _Writer, tuple[Any, ...], Any]] = deque()
-
-        def hand_over(left: int) -> None:
-            while len(copying) > left:
-                done, writer, message, _ = copying.popleft()
-                done.synchronize()
-                writer.send(message)
-                made(message[3] - message[2])
-
-        for shard in (cut for gap in gaps for cut in self.plan.shards(gap)):
-            with self._timed("samples: wait for a writer"):
-                writer = writers.next_idle(lambda: hand_over(0))
-            writer.shard, writer.moments = shard, {}
-            start = shard.start
-            while start < shard.stop:
-                stop = min(start + self.batch, shard.stop)
-                try:
-                    with compute, self._timed("samples: render and encode on the card"):
-                        files, offsets, moments = self._make(start, stop)
-                        event = compute.record()
-                except cupy.cuda.memory.OutOfMemoryError:
-                    self._shrink(stop - start)
-                    continue
-                for kind, m in moments.items():
-                    writer.moments[kind] = writer.moments.get(kind, Moments()) + m
-                copy.wait_event(event)
-                for first, last, parts in _pieces(offsets, self.slot_bytes):
-                    with self._timed("samples: wait for a slot"):
-                        slot = writers.free_slot(lambda: hand_over(0))
-                    ends: dict[str, list[int]] = {}
-                    at = 0
-                    for kind, (begin, end) in parts.items():
-                        cupy.cuda.runtime.memcpyAsync(
-                            ring.pointer(slot) + at,
-                            files[kind].data.ptr + begin,
-                            end - begin,
-                            _DEVICE_TO_HOST,
-                            copy.ptr,
-                        )
-                        ends[kind] = (offsets[kind][first : last + 1] - begin + at).tolist()
-                        at += end - begin
-                    message = (
-                        "samples", shard, start + first, start + last, slot, ends, start + last == shard.stop
-                    )  # fmt: skip
-                    copying.append((copy.record(), writer, message, files))
-                hand_over(1)
-                start = stop
-        hand_over(0)
-
-    def _make(self, start: int, stop: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Moments]]:
-        """Render and encode samples start to stop - 1: files on the card; their offsets and the moments here."""
-        backend = self.backend
-        composites, masks = backend.frames(stop - start)
-        pending = backend.render(self.plan.placements(np.arange(start, stop)), composites, masks)
-        files, offsets = {}, {}
-        for kind, pictures in (("composite", composites), ("composite_mask", masks)):
-            files[kind], ends = backend.encode(pictures)
-            offsets[kind] = ends.get()
-        return files, offsets, pending.get()
-
     def _shrink(self, tried: int) -> None:
         """Out of the card's memory: take smaller batches, or say what one sample needs."""
         import cupy
@@ -188,12 +152,183 @@ class CudaPipeline:
         cupy.get_default_memory_pool().free_all_blocks()
         if tried == 1:
             free, total = self.backend.device.mem_info
-            needed = self.backend.sample_bytes() >> 20
+            needed = self.sample_bytes() >> 20
             raise DeviceError(
                 f"device {self.backend.name}: out of memory: one sample takes {needed} MB, {free >> 20} MB of "
                 f"{total >> 20} MB are free: free some, lower --size, or use --device cpu"
             ) from None
         self.batch = max(1, tried // 2)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Samples of a shard that are still to be made, and the writer that takes them."""
+
+    shard: Shard
+    writer: _Writer
+    start: int
+    stop: int
+
+
+@dataclass
+class _Batch:
+    """Samples on their way through the card; ``held`` are arrays that launches under way still read."""
+
+    span: _Span
+    files: dict[str, Any]
+    offsets: dict[str, Any]
+    moments: PendingMoments
+    maps: Any = None
+    depth_moments: PendingSums | None = None
+    event: Any = None
+    held: tuple[Any, ...] = ()
+    depth_ranges: Any = None
+
+
+class _Filler:
+    """Makes batches and hands their bytes to the writers."""
+
+    def __init__(self, pipeline: CudaPipeline, ring: _Ring, writers: _Writers, made: Callable[[int], None]) -> None:
+        import cupy
+
+        self.pipeline = pipeline
+        self.ring = ring
+        self.writers = writers
+        self.made = made
+        self.depth_jpeg = CudaJpeg(*DEPTH_JPEG)
+        # What is quick goes first where both are ready: inferences fill the card for a long time.
+        self.compute, self.finish = (cupy.cuda.Stream(non_blocking=True, priority=-1) for _ in range(2))
+        self.infer, self.copy = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+        self.flying: deque[_Batch] = deque()
+        self.copying: deque[tuple[Any, _Writer, tuple[Any, ...], Any]] = deque()
+
+    def fill(self, gaps: list[Shard]) -> None:
+        """Make all samples of ``gaps``."""
+        import cupy
+
+        pipeline = self.pipeline
+        shards = (cut for gap in gaps for cut in pipeline.plan.shards(gap))
+        spans: deque[_Span] = deque()
+        lookahead = 0 if pipeline.depth is None else 1
+        more = True
+        while more or self.flying:
+            # A writer may wait for the very batch that is on its way: then that one goes first.
+            blocked = more and not spans and bool(self.flying) and not self.writers.any_idle()
+            if more and not spans and not blocked:
+                shard = next(shards, None)
+                if shard is None:
+                    more = False
+                else:
+                    spans.append(self._assigned(shard))
+            due = blocked or not (spans or more)
+            try:
+                if spans:
+                    span = spans.popleft()
+                    stop = min(span.start + pipeline.batch, span.stop)
+                    if stop < span.stop:
+                        spans.appendleft(replace(span, start=stop))
+                    tried = replace(span, stop=stop)
+                    self.flying.append(self._begin(tried))
+                due = bool(self.flying) and (due or len(self.flying) > lookahead)
+                if due:
+                    tried = self.flying[0].span
+                    self._end(self.flying[0])
+            except cupy.cuda.memory.OutOfMemoryError:
+                again = [batch.span for batch in self.flying]
+                spans.extendleft(reversed(again if tried in again else [*again, tried]))
+                self.flying.clear()
+                pipeline._shrink(tried.stop - tried.start)
+                continue
+            if due:
+                self._hand_to_writer(self.flying.popleft())
+        self._hand_over(0)
+
+    def _assigned(self, shard: Shard) -> _Span:
+        with self.pipeline._timed("samples: wait for a writer"):
+            writer = self.writers.next_idle(lambda: self._hand_over(0))
+        writer.shard, writer.moments = shard, {}
+        return _Span(shard, writer, shard.start, shard.stop)
+
+    def _begin(self, span: _Span) -> _Batch:
+        """Render and encode a batch, and queue its inferences."""
+        pipeline = self.pipeline
+        backend, depth = pipeline.backend, pipeline.depth
+        with self.compute, pipeline._timed("samples: render and encode on the card"):
+            composites, masks = backend.frames(span.stop - span.start)
+            placements = pipeline.plan.placements(np.arange(span.start, span.stop))
+            batch = _Batch(span, {}, {}, backend.render(placements, composites, masks))
+            for kind, pictures in (("composite", composites), ("composite_mask", masks)):
+                batch.files[kind], ends = backend.encode(pictures)
+                batch.offsets[kind] = ends.get()
+            batch.event = self.compute.record()
+        if depth is not None:
+            self.infer.wait_event(batch.event)
+            with self.infer, pipeline._timed("samples: queue the inferences"):
+                pictures = backend.jpeg.reconstruct(composites) if depth.options.input == "saved" else composites
+                batch.maps = depth.maps(pictures)
+                batch.depth_moments = start_moments(batch.maps.grey)
+                batch.event = self.infer.record()
+            batch.held = (composites, pictures)
+        return batch
+
+    def _end(self, batch: _Batch) -> None:
+        """Wait for a batch's depth maps and encode them."""
+        pipeline = self.pipeline
+        if pipeline.depth is None:
+            return
+        self.finish.wait_event(batch.event)
+        with self.finish, pipeline._timed("samples: wait for depth maps and encode them"):
+            batch.files["depth"], ends = self.depth_jpeg.encode(batch.maps.grey)
+            batch.offsets["depth"] = ends.get()
+            batch.depth_ranges = batch.maps.range.get()
+            pipeline.depth.check(batch.maps.faults, batch.span.start)
+            batch.event = self.finish.record()
+
+    def _hand_to_writer(self, batch: _Batch) -> None:
+        """Copy a batch's files to the host, and tell the batches before it to their writers."""
+        import cupy
+
+        pipeline, span, transferred = self.pipeline, batch.span, self.pipeline.transferred
+        moments = batch.moments.get()
+        if batch.depth_moments is not None:
+            moments["depth"] = batch.depth_moments.get()
+        totals = span.writer.moments
+        for kind, m in moments.items():
+            totals[kind] = totals.get(kind, Moments()) + m
+        self.copy.wait_event(batch.event)
+        for first, last, parts in _pieces(batch.offsets, pipeline.slot_bytes):
+            with pipeline._timed("samples: wait for a slot"):
+                slot = self.writers.free_slot(lambda: self._hand_over(0))
+            ends: dict[str, list[int]] = {}
+            at = 0
+            for kind, (begin, end) in parts.items():
+                cupy.cuda.runtime.memcpyAsync(
+                    self.ring.pointer(slot) + at,
+                    batch.files[kind].data.ptr + begin,
+                    end - begin,
+                    _DEVICE_TO_HOST,
+                    self.copy.ptr,
+                )
+                ends[kind] = (batch.offsets[kind][first : last + 1] - begin + at).tolist()
+                at += end - begin
+            ranges = None if batch.depth_ranges is None else batch.depth_ranges[first:last]
+            start, stop = span.start + first, span.start + last
+            message = ("samples", span.shard, start, stop, slot, ends, ranges, stop == span.shard.stop)
+            self.copying.append((self.copy.record(), span.writer, message, batch.files))
+            transferred["files"] += at
+        kinds, count = len(batch.files), span.stop - span.start
+        transferred["other"] += kinds * 8 * (count + 2) + 48  # offsets and their last one again, composites' sums
+        if batch.depth_ranges is not None:
+            transferred["other"] += 12 * count + 16  # ranges and faults; sums
+        self._hand_over(1)
+
+    def _hand_over(self, left: int) -> None:
+        """Tell the writers of all copies but the last ``left``."""
+        while len(self.copying) > left:
+            done, writer, message, _ = self.copying.popleft()
+            done.synchronize()
+            writer.send(message)
+            self.made(message[3] - message[2])
 
 
 def _pool_bytes() -> int:
@@ -282,7 +417,7 @@ class _Writers:
         plan, sink = pipeline.plan, pipeline.sink
         setup = (
             "plan", plan.recipe, plan.n_backgrounds, plan.foreground_widths, plan.foreground_heights,
-            pipeline.manifest.out, sink.name, folder, ring.slot_bytes,
+            pipeline.manifest.out, sink.name, sink.kinds, folder, ring.slot_bytes,
         )  # fmt: skip
         self._ring = ring
         self._folder = folder
@@ -304,6 +439,10 @@ class _Writers:
     def next_idle(self, before_waiting: Callable[[], None]) -> _Writer:
         """A writer without a shard; waits for one."""
         return self._get(self._idle, before_waiting)
+
+    def any_idle(self) -> bool:
+        """Whether `next_idle` need not wait."""
+        return not self._idle.empty()
 
     def free_slot(self, before_waiting: Callable[[], None]) -> int:
         """A slot that nobody reads any more; waits for one."""
@@ -362,10 +501,10 @@ class _Writers:
         elif message[0] == "labels":
             self._idle.put(writer)
         elif message[0] == "closed":
-            _, checksum, size_bytes = message
+            _, checksum, size_bytes, depth_ranges = message
             shard = writer.shard
             assert shard is not None
-            record = ShardRecord(shard, checksum, size_bytes, writer.moments)
+            record = ShardRecord(shard, checksum, size_bytes, writer.moments, depth_ranges)
             self._committer.submit(record, self._folder / shard.name)
             self._idle.put(writer)
         else:

@@ -1,4 +1,7 @@
-"""Baseline JPEG files for batches of pictures, on the CPU or in a card's memory: the bytes of libjpeg-turbo."""
+"""Baseline JPEG files for batches of pictures, on the CPU or in a card's memory: the bytes of libjpeg-turbo.
+
+And the pixels that it decodes from them, which on a card need no files.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gpufgbg.backends import check_device
 from gpufgbg.exceptions import DeviceError, InputError
@@ -48,7 +52,7 @@ class EncodedImages:
 
 
 class JpegEncoder:
-    """Encodes batches of pictures of one size.
+    """Encodes batches of pictures of one size, or shows what is left of them in the files.
 
     Parameters
     ----------
@@ -70,6 +74,9 @@ class JpegEncoder:
     >>> files = JpegEncoder(quality=90, device="cpu").encode(np.zeros((2, 8, 8, 3), np.uint8))
     >>> len(files), files[0][:2]
     (2, b'\\xff\\xd8')
+    >>> red = np.full((1, 8, 8, 3), (255, 0, 0), np.uint8)
+    >>> JpegEncoder(quality=90, device="cpu").reconstruct(red)[0, 0, 0].tolist()
+    [254, 0, 0]
     """
 
     def __init__(
@@ -107,20 +114,62 @@ class JpegEncoder:
         if self._cuda is None:
             from gpufgbg.backends.cpu import encode_jpeg
 
-            pictures = np.asarray(images)
-            if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[3:] not in ((), (3,)):
-                raise InputError(
-                    f"images: got {pictures.dtype} {pictures.shape}, expected uint8 (N, H, W, 3) or (N, H, W)"
-                )
-            files = encode_jpeg(pictures, self.quality, self.subsampling, self.optimize)
+            files = encode_jpeg(_checked(images), self.quality, self.subsampling, self.optimize)
             ends = np.cumsum([0, *map(len, files)], dtype=np.int64)
             return EncodedImages(np.frombuffer(b"".join(files), np.uint8), ends)
         import cupy
 
         with cupy.cuda.Device(int(self.device.partition(":")[2])):
-            if hasattr(images, "__dlpack__") and not hasattr(images, "__cuda_array_interface__"):
-                images = cupy.asarray(images) if isinstance(images, np.ndarray) else cupy.from_dlpack(images)
-            return EncodedImages(*self._cuda.encode(cupy.ascontiguousarray(cupy.asarray(images))))
+            return EncodedImages(*self._cuda.encode(_on_card(images)))
+
+    def reconstruct(self, images: Any) -> Any:
+        """The pixels that a decoder (libjpeg-turbo, as in Pillow) gets from `encode`'s files.
+
+        For whoever has to see what is saved, not what was drawn, a network for instance. On a card no file is made,
+        and nothing waits: the result is there for what follows on CuPy's current stream.
+
+        Parameters
+        ----------
+        images : (N, H, W, 3) or (N, H, W) uint8
+            RGB or grey, taken as `encode` takes them; left as they are.
+
+        Returns
+        -------
+        pixels : as ``images``, uint8
+            RGB or grey, byte for byte what `encode` and libjpeg-turbo's decoder with its default options give
+            (integer DCT, triangle upsampling); ``optimize`` does not change them. A new array in the encoder's
+            memory, NumPy on the CPU, CuPy on a card, owned by the caller.
+
+        Raises
+        ------
+        InputError
+            Another shape or dtype.
+        """
+        if self._cuda is None:
+            from gpufgbg.backends.cpu import reconstruct_jpeg
+
+            return reconstruct_jpeg(_checked(images), self.quality, self.subsampling)
+        import cupy
+
+        with cupy.cuda.Device(int(self.device.partition(":")[2])):
+            return self._cuda.reconstruct(_on_card(images))
+
+
+def _checked(images: Any) -> npt.NDArray[np.uint8]:
+    """Pictures as a contiguous array in the host's memory, or `InputError`."""
+    pictures = np.asarray(images)
+    if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[3:] not in ((), (3,)):
+        raise InputError(f"images: got {pictures.dtype} {pictures.shape}, expected uint8 (N, H, W, 3) or (N, H, W)")
+    return np.ascontiguousarray(pictures)
+
+
+def _on_card(images: Any) -> Any:
+    """Pictures as a contiguous CuPy array on the current device."""
+    import cupy
+
+    if hasattr(images, "__dlpack__") and not hasattr(images, "__cuda_array_interface__"):
+        images = cupy.asarray(images) if isinstance(images, np.ndarray) else cupy.from_dlpack(images)
+    return cupy.ascontiguousarray(cupy.asarray(images))
 
 
 def _on_host(array: Any) -> Any:

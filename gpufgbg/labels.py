@@ -6,7 +6,7 @@ data set's when a run ends, for the samples that are there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.assets import Assets
+from gpufgbg.backends import blended_masks
 from gpufgbg.files import fsync_folder, remove_tree, sync_file_system
 from gpufgbg.layout import Layout
 from gpufgbg.manifest import missing
 from gpufgbg.recipe import Plan, Shard
 
-__all__ = ["LabelJob", "mask_areas", "publish_labels", "write_labels"]
+__all__ = ["DepthRanges", "LabelJob", "mask_areas", "publish_labels", "write_labels"]
 
 _ROWS = 1 << 16  # of a row group; what is in memory at a time
 
@@ -29,9 +30,11 @@ def mask_areas(assets: Assets) -> npt.NDArray[np.int32]:
 
     The mask lies inside the frame as a whole, so its area does not depend on where it lies.
     """
-    m = assets.masks.astype(np.uint16) ** 2 + np.uint16(128)
-    white = ((m + (m >> 8)) >> 8) >= 128
-    return np.add.reduceat(white, assets.offsets[:-1], dtype=np.int32)
+    return np.add.reduceat(blended_masks(assets) >= 128, assets.offsets[:-1], dtype=np.int32)
+
+
+#: gives the (samples, 2) least and greatest depth of a part of the samples
+DepthRanges = Callable[[Shard], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,17 @@ class LabelJob:
     done: list[Shard]
 
 
-def write_labels(folder: Path, plan: Plan, areas: npt.NDArray[np.int32], done: Sequence[Shard]) -> None:
+def write_labels(
+    folder: Path,
+    plan: Plan,
+    areas: npt.NDArray[np.int32],
+    done: Sequence[Shard],
+    depth_ranges: DepthRanges | None = None,
+) -> None:
     """Write labels/ and labels.parquet below ``folder`` for the samples ``done`` (sorted, disjoint).
 
-    ``areas`` are those of `mask_areas`. `publish_labels` makes them the data set's.
+    ``areas`` are those of `mask_areas`; ``depth_ranges`` where there are depth maps. `publish_labels` makes the files
+    the data set's.
     """
     layout = Layout.of(plan)
     remove_tree(folder)
@@ -61,7 +71,7 @@ def write_labels(folder: Path, plan: Plan, areas: npt.NDArray[np.int32], done: S
                 placements = plan.placements(np.arange(part.start, part.stop))
                 stems, x, y = layout.stems(placements), placements.x.tolist(), placements.y.tolist()
                 file.writelines(f"{s}.jpg\t{u}\t{v}\n" for s, u, v in zip(stems, x, y, strict=True))
-    _write_table(folder / "labels.parquet", plan, layout, areas, done)
+    _write_table(folder / "labels.parquet", plan, layout, areas, done, depth_ranges)
 
 
 def publish_labels(folder: Path, out: Path) -> None:
@@ -75,7 +85,14 @@ def publish_labels(folder: Path, out: Path) -> None:
     fsync_folder(out)
 
 
-def _write_table(path: Path, plan: Plan, layout: Layout, areas: npt.NDArray[np.int32], done: Sequence[Shard]) -> None:
+def _write_table(
+    path: Path,
+    plan: Plan,
+    layout: Layout,
+    areas: npt.NDArray[np.int32],
+    done: Sequence[Shard],
+    depth_ranges: DepthRanges | None,
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -84,15 +101,19 @@ def _write_table(path: Path, plan: Plan, layout: Layout, areas: npt.NDArray[np.i
         "foreground": pa.array([layout.foreground(f) for f in range(plan.n_foregrounds)]),
     }
     word = pa.dictionary(pa.int32(), pa.string())
-    schema = pa.schema(
-        [("index", pa.int64()), ("name", pa.string()), ("background", word), ("foreground", word),
-         ("repetition", pa.int32()), ("flip", pa.bool_()), ("x", pa.int32()), ("y", pa.int32()),
-         ("w", pa.int32()), ("h", pa.int32()), ("mask_area", pa.int32())]
-    )  # fmt: skip
+    fields = [
+        ("index", pa.int64()), ("name", pa.string()), ("background", word), ("foreground", word),
+        ("repetition", pa.int32()), ("flip", pa.bool_()), ("x", pa.int32()), ("y", pa.int32()),
+        ("w", pa.int32()), ("h", pa.int32()), ("mask_area", pa.int32()),
+    ]  # fmt: skip
+    if depth_ranges is not None:
+        fields += [("depth_min", pa.float32()), ("depth_max", pa.float32())]
+    schema = pa.schema(fields)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for part in done:
             for start in range(part.start, part.stop, _ROWS):
-                p = plan.placements(np.arange(start, min(start + _ROWS, part.stop)))
+                rows = Shard(start, min(start + _ROWS, part.stop))
+                p = plan.placements(np.arange(rows.start, rows.stop))
                 f = p.foreground
                 columns = [
                     pa.array(p.index),
@@ -107,4 +128,6 @@ def _write_table(path: Path, plan: Plan, layout: Layout, areas: npt.NDArray[np.i
                     pa.array(plan.foreground_heights[f].astype(np.int32)),
                     pa.array(areas[f]),
                 ]
+                if depth_ranges is not None:
+                    columns += [pa.array(column) for column in depth_ranges(rows).T]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))

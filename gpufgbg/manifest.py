@@ -4,6 +4,7 @@
 
     OUT/dataset.json                      recipe, assets, counts, statistics, shards; written last
     OUT/.gpufgbg/shards/START-STOP.json   one record a committed shard, small, written atomically
+    OUT/.gpufgbg/depth/START-STOP.f32     with depth: least and greatest depth of each of its samples
     OUT/.gpufgbg/runs/START-STOP/         of a run under way: its lock and its unfinished shards
     OUT/.gpufgbg/scratch/                 files on their way to their names
     OUT/.gpufgbg/lock                     held while one process starts or finishes
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from gpufgbg.exceptions import DatasetError, printable
@@ -44,18 +47,21 @@ class ShardRecord:
     ----------
     shard : Shard
     checksum : str
-        SHA-256 over the shard's files in order of samples, composite before mask: for each its path in the
-        folder tree, a NUL, its length in decimal, a newline, its bytes. The same for every sink.
+        SHA-256 over the shard's files in order of samples, composite before mask before depth: for each its path in
+        the folder tree, a NUL, its length in decimal, a newline, its bytes. The same for every sink.
     size_bytes : dict
         Sum of the files' lengths by kind.
     moments : dict
         Exact sums by kind.
+    depth_ranges : (samples, 2) float32, optional
+        Least and greatest depth of each sample; on its way to a file of its own, not read back with the record.
     """
 
     shard: Shard
     checksum: str
     size_bytes: dict[str, int]
     moments: dict[str, Moments]
+    depth_ranges: npt.NDArray[np.float32] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -146,6 +152,7 @@ class Manifest:
         self.out = out
         self.state = out / STATE
         self.scratch = self.state / "scratch"
+        self._depth = self.state / "depth"
         self.file = out / "dataset.json"
 
     # -- opening ------------------------------------------------------------------------------------
@@ -248,16 +255,49 @@ class Manifest:
         folder = self.state / "shards"
         folder.mkdir(exist_ok=True)
         self.scratch.mkdir(exist_ok=True)
-        written = []
+        written, ranges = [], []
         for record in records:
             text = json.dumps(record.to_dict(), indent=1) + "\n"
             path = self.scratch / f"{record.shard.name}.json"
             path.write_text(text)
             written.append(path)
+            if record.depth_ranges is not None:
+                path = self.scratch / f"{record.shard.name}.f32"
+                path.write_bytes(record.depth_ranges.astype("<f4").tobytes())
+                ranges.append(path)
         sync_file_system(self.scratch)
+        if ranges:  # they are there before their record is
+            self._depth.mkdir(exist_ok=True)
+            for path in ranges:
+                path.replace(self._depth / path.name)
+            fsync_folder(self._depth)
         for path in written:
             path.replace(folder / path.name)
         fsync_folder(folder)
+
+    def depth_ranges(self, part: Shard, records: Iterable[ShardRecord]) -> npt.NDArray[np.float32]:
+        """(samples, 2) least and greatest depth of committed samples; ``records`` cover them, in order.
+
+        Raises
+        ------
+        DatasetError
+            A file of them is gone or damaged.
+        """
+        found = []
+        for record in records:
+            shard = record.shard
+            start, stop = max(part.start, shard.start), min(part.stop, shard.stop)
+            if start >= stop:
+                continue
+            path = self._depth / f"{shard.name}.f32"
+            try:
+                values = np.fromfile(path, "<f4", 2 * (stop - start), offset=8 * (start - shard.start))
+            except OSError as error:
+                raise DatasetError(f"{printable(path)}: can't be read: {error.strerror}") from None
+            if len(values) != 2 * (stop - start):
+                raise DatasetError(f"{printable(path)}: damaged: too short")
+            found.append(values.reshape(-1, 2))
+        return np.concatenate(found) if found else np.empty((0, 2), np.float32)
 
     def forget_pieces(self, joined: Iterable[ShardRecord]) -> None:
         """Remove the records of pieces that lie in these joined ones; others may be added meanwhile, and stay."""
@@ -270,6 +310,7 @@ class Manifest:
                 stale.append(path)
         for path in stale:
             path.unlink()
+            (self._depth / f"{path.stem}.f32").unlink(missing_ok=True)
         if stale:
             fsync_folder(folder)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ from gpufgbg._version import versions
 from gpufgbg.assets import AssetFile, Assets, Sources, find_sources, prepare_sources
 from gpufgbg.backends import check_device
 from gpufgbg.compositor import Compositor, check_workers
+from gpufgbg.depth.model import DepthModel, describe, resolve
+from gpufgbg.depth.options import DepthOptions
+from gpufgbg.depth.sources import NetworkSource, open_source
 from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, printable
 from gpufgbg.files import storage_errors, write_atomic
 from gpufgbg.labels import LabelJob, mask_areas, publish_labels, write_labels
-from gpufgbg.layout import Layout
-from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, merged, missing
+from gpufgbg.layout import SAMPLE_KINDS, Layout
+from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, merged, missing, open_dataset
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Recipe, Shard
 
-__all__ = ["GenerateReport", "generate"]
+__all__ = ["GenerateReport", "add_depth", "generate"]
 
 Progress = Callable[[int, int], None]
 
@@ -53,6 +57,8 @@ class GenerateReport:
     memory : dict of str to int
         Bytes that the run held at most: ``"device"``, of a card's memory for frames and scratch, and ``"pinned"``, of
         the host's for files under way; 0 on the CPU.
+    transferred : dict of str to int
+        Bytes that a card sent to the host: ``"files"``, and all ``"other"``, lengths, sums and ranges of depth.
     timeline : dict of str to float
         Seconds that each part of the run took, in order; of the parts of "samples" that the calling thread spent
         waiting, which overlap with the work of others.
@@ -68,6 +74,7 @@ class GenerateReport:
     statistics: dict[str, Moments]
     size_bytes: dict[str, int]
     memory: dict[str, int]
+    transferred: dict[str, int]
     timeline: dict[str, float]
 
     @property
@@ -83,12 +90,14 @@ def generate(
     masks: str | os.PathLike[str] | None = None,
     recipe: Recipe | None = None,
     *,
+    depth: str | os.PathLike[str] | DepthOptions | None = None,
     sink: str = "tree",
     device: str = "auto",
     samples: tuple[int | None, int | None] | None = None,
     workers: int | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> GenerateReport:
     """Make a data set, or continue one.
 
@@ -99,6 +108,8 @@ def generate(
     backgrounds, foregrounds, masks : path
         Folders of pictures, as for `gpufgbg.prepare`.
     recipe : Recipe, optional
+    depth : path, "demo" or DepthOptions, optional
+        Make depth maps too, with these weights; see `DepthOptions`.
     sink : {"tree", "zip", "tar"}
         Files in folders, one stored zip, or WebDataset shards.
     device : {"auto", "cpu", "cuda", "cuda:N"}
@@ -110,6 +121,8 @@ def generate(
         Samples a worker takes at a time. No byte depends on it.
     progress : callable, optional
         Called with (samples there are, samples there will be) of the part asked for, from this thread.
+    tell : callable, optional
+        Called with a line of text when something takes minutes: building a TensorRT engine.
 
     Returns
     -------
@@ -127,9 +140,8 @@ def generate(
     Warns
     -----
     GpufgbgWarning
-        About what is odd but usable in the input.
+        About what is odd but usable in the input, or an engine that can't be kept.
     """
-    start = time.perf_counter()
     recipe = recipe or Recipe()
     workers = check_workers(workers)
     check_device(device)
@@ -137,29 +149,18 @@ def generate(
         raise OptionError("sink", f"got {sink!r}, expected one of {', '.join(sinks.SINKS)}")
     if batch_size is not None and (not isinstance(batch_size, int) or not 1 <= batch_size <= 65536):
         raise OptionError("batch_size", f"got {batch_size!r}, expected 1 to 65536")
+    options = None if depth is None else _depth_options(depth)
     sources = find_sources(backgrounds, foregrounds, masks)
     if not os.fspath(out):
         raise OptionError("out", "got an empty name, expected the data set's folder")
-    manifest = Manifest(Path(out))
-    wanted: Shard | None = None
-    timeline: dict[str, float] = {}
-    memory = {"device": 0, "pinned": 0}
-    mark = start
-
-    def lap(phase: str) -> None:
-        nonlocal mark
-        now = time.perf_counter()
-        timeline[phase], mark = now - mark, now
-
-    def safe() -> str:
-        if wanted is None or not manifest.started:
-            return ""
-        return f"{_overlap(manifest, wanted):,} of {len(wanted):,} samples are safe; "
-
-    with storage_errors(manifest.out, safe), ExitStack() as held:
+    run = _Run(Manifest(Path(out)), device, workers, batch_size, progress, tell)
+    manifest = run.manifest
+    with run.guarded():
         manifest.check_free()
         content = manifest.read()
-        described = {"recipe": recipe.to_dict(), "sink": sink}
+        described: dict[str, Any] = {"recipe": recipe.to_dict(), "sink": sink, "depth": None}
+        if options is not None:
+            described["depth"] = run.open_network(options, recipe)
         if content is None:
             assets = prepare_sources(sources, recipe, workers)
             source_sums = sources.checksums()
@@ -167,63 +168,228 @@ def generate(
             source_sums = sources.checksums()
             _check_same(manifest, content, described, source_sums)
             assets = load_assets(manifest.out, content)
-        lap("read, check and prepare the pictures")
-        compositor = Compositor(assets, recipe, device, workers)
-        lap("load them to the device")
+        run.lap("read, check and prepare the pictures")
+        compositor = run.load(assets, recipe)
         wanted = _part(samples, len(compositor))
-        layout = Layout.of(compositor.plan)
-        target = sinks.select(sink, manifest.out, compositor.plan)
-        with manifest.locked():
+
+        def begin() -> dict[str, Any]:
             theirs = manifest.read()
             if theirs is None:
-                content = _begin(manifest, described, layout, assets, sources, source_sums)
-            elif content is None:  # begun by another process while this one prepared
+                layout = Layout.of(compositor.plan)
+                return _begin(manifest, described, layout, assets, sources, source_sums)
+            if content is None:  # begun by another process while this one prepared
                 _check_same(manifest, theirs, described, source_sums)
-                content = theirs
-            assert content is not None
-            done = [record.shard for record in manifest.records()]
-            gaps = missing(wanted, done)
-            run = held.enter_context(manifest.claim(wanted)) if gaps else None
-        lap("write the assets and the first dataset.json")
-        made = sum(len(gap) for gap in gaps)
-        ahead: LabelJob | None = None
-        if run is not None:
-            engine = _engine(compositor, target, manifest, workers, batch_size)
-            labels = LabelJob(run / "labels", mask_areas(assets), merged([*done, *gaps]))
-            count = _Count(len(wanted) - made, len(wanted), progress)
-            try:
-                if engine.run(gaps, run, count.add, labels):
-                    ahead = labels
-                lap("samples")
-                timeline.update(engine.timeline)
-                memory.update(engine.memory)
-            except KeyboardInterrupt:
-                raise Interrupted(f"interrupted: {safe()}the same command continues") from None
-        with manifest.locked():
-            latest = _finish(manifest, content, compositor, layout, target, ahead)
-        lap("finish: labels, dataset.json")
-    numbers = latest["counts"]
-    counts = {
-        "background": numbers["backgrounds"],
-        "foreground": numbers["foregrounds"],
-        "foreground_mask": numbers["foregrounds"],
-    }
-    statistics = {kind: Moments.from_dict(m) for kind, m in latest["statistics"].items()}
-    counts.update({kind: m.images for kind, m in statistics.items() if kind not in counts})
-    seconds = time.perf_counter() - start
-    return GenerateReport(
-        manifest.out,
-        made,
-        numbers["done"],
-        numbers["samples"],
-        compositor.backend.name,
-        seconds,
-        counts,
-        statistics,
-        latest["bytes"],
-        memory,
-        timeline,
-    )
+            return theirs
+
+        return run.make(compositor, sink, begin, lambda done: missing(wanted, done), wanted)
+
+
+def add_depth(
+    path: str | os.PathLike[str],
+    depth: str | os.PathLike[str] | DepthOptions,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> GenerateReport:
+    """Add depth maps to the samples that a data set of ours has, or continue to.
+
+    Samples are pure functions, so they are rendered again, and each shard is replaced as a whole by one with depth
+    maps; its other files are the same bytes.
+
+    Parameters
+    ----------
+    path : path
+        Folder of a data set made by gpufgbg.
+    depth : path, "demo" or DepthOptions
+    device, workers, batch_size, progress, tell
+        As for `generate`.
+
+    Returns
+    -------
+    GenerateReport
+
+    Raises
+    ------
+    OptionError, InputError, DatasetError, DeviceError
+        Before anything is written. `DatasetError` where it has depth maps of another network or other options.
+    StorageError, Interrupted
+        What is committed is kept and the same call continues.
+    """
+    workers = check_workers(workers)
+    check_device(device)
+    options = _depth_options(depth)
+    manifest, content, recipe = open_dataset(path)
+    run = _Run(manifest, device, workers, batch_size, progress, tell)
+    with run.guarded():
+        described = {**content, "depth": run.open_network(options, recipe)}
+        if content.get("depth") is not None:
+            _check_same(manifest, content, described, {})
+        assets = load_assets(manifest.out, content)
+        run.lap("read, check and prepare the pictures")
+        compositor = run.load(assets, recipe)
+
+        def begin() -> dict[str, Any]:
+            theirs = manifest.read()
+            assert theirs is not None
+            if theirs.get("depth") is None:
+                theirs.update(depth=described["depth"], complete=False)
+                manifest.write(theirs)
+            return theirs
+
+        records = [record.shard for record in manifest.records()]
+        if not records:
+            raise DatasetError(
+                f"{printable(manifest.out)}: has no samples yet: make them with gpufgbg generate --depth"
+            )
+        whole = Shard(0, len(compositor))
+        return run.make(
+            compositor,
+            content["sink"],
+            begin,
+            lambda done: [shard for shard in records if shard not in done],
+            whole,
+        )
+
+
+def _depth_options(depth: str | os.PathLike[str] | DepthOptions) -> DepthOptions:
+    return depth if isinstance(depth, DepthOptions) else DepthOptions(os.fspath(depth))
+
+
+class _Run:
+    """One run over a data set: what generating it and adding to it have in common."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: str,
+        workers: int,
+        batch_size: int | None,
+        progress: Progress | None,
+        tell: Callable[[str], None] | None,
+    ) -> None:
+        self.manifest = manifest
+        self.device = device
+        self.workers = workers
+        self.batch_size = batch_size
+        self.progress = progress
+        self.tell = tell
+        self.timeline: dict[str, float] = {}
+        self._start = self._mark = time.perf_counter()
+        self._options: DepthOptions | None = None
+        self._network: NetworkSource | None = None
+        self._wanted: Shard | None = None
+
+    def lap(self, phase: str) -> None:
+        """A phase has ended."""
+        now = time.perf_counter()
+        self.timeline[phase], self._mark = now - self._mark, now
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """What the file system refuses becomes one line that says what is safe."""
+        return storage_errors(self.manifest.out, self._safe)
+
+    def _safe(self) -> str:
+        if self._wanted is None or not self.manifest.started:
+            return ""
+        there = len(self._wanted) - sum(len(gap) for gap in missing(self._wanted, self._done()))
+        return f"{there:,} of {len(self._wanted):,} samples are safe; "
+
+    def _done(self) -> list[Shard]:
+        """Shards that are committed with all that this run makes."""
+        records = self.manifest.records()
+        return [record.shard for record in records if self._options is None or "depth" in record.moments]
+
+    def open_network(self, options: DepthOptions, recipe: Recipe) -> dict[str, Any]:
+        """Read and check what depth maps are predicted with; returns its description."""
+        resolve(options, self.device)
+        self._options, self._network = options, open_source(options, recipe.size)
+        return describe(options, self._network)
+
+    def load(self, assets: Assets, recipe: Recipe) -> Compositor:
+        """The compositor on the run's device."""
+        compositor = Compositor(assets, recipe, self.device, self.workers)
+        self.lap("load them to the device")
+        return compositor
+
+    def make(
+        self,
+        compositor: Compositor,
+        sink: str,
+        begin: Callable[[], dict[str, Any]],
+        gaps_of: Callable[[list[Shard]], list[Shard]],
+        wanted: Shard,
+    ) -> GenerateReport:
+        """Make what is missing of ``wanted``.
+
+        Parameters
+        ----------
+        begin : callable
+            Gives dataset.json's content, written first if need be; called with the data set's lock held.
+        gaps_of : callable
+            Gives the samples to make, from those that are committed.
+        """
+        manifest, options = self.manifest, self._options
+        self._wanted = wanted
+        kinds = SAMPLE_KINDS if options else SAMPLE_KINDS[:-1]
+        target = sinks.select(sink, manifest.out, compositor.plan, kinds)
+        memory, transferred = {"device": 0, "pinned": 0}, {"files": 0, "other": 0}
+        model: DepthModel | None = None
+        if options and gaps_of(self._done()):
+            name = compositor.backend.name
+            model = DepthModel(options, compositor.recipe.size, name, 1, self.tell, self._network)
+            self.lap("load or build the depth engine")
+        with ExitStack() as held:
+            with manifest.locked():
+                content = begin()
+                done = self._done()
+                gaps = gaps_of(done)
+                claimed = held.enter_context(manifest.claim(wanted)) if gaps else None
+                if gaps and model is not None:
+                    _add_engine(manifest, content, model)
+            self.lap("write the assets and the first dataset.json")
+            made = sum(len(gap) for gap in gaps)
+            ahead: LabelJob | None = None
+            if claimed is not None:
+                engine = _engine(compositor, target, manifest, self.workers, self.batch_size, model)
+                labels = LabelJob(claimed / "labels", mask_areas(compositor.assets), merged([*done, *gaps]))
+                count = _Count(len(wanted) - made, len(wanted), self.progress)
+                try:
+                    if engine.run(gaps, claimed, count.add, labels):
+                        ahead = labels
+                    self.lap("samples")
+                    self.timeline.update(engine.timeline)
+                    memory.update(engine.memory)
+                    transferred.update(engine.transferred)
+                except KeyboardInterrupt:
+                    raise Interrupted(f"interrupted: {self._safe()}the same command continues") from None
+            with manifest.locked():
+                latest = _finish(manifest, content, compositor, target, ahead)
+            self.lap("finish: labels, dataset.json")
+        numbers = latest["counts"]
+        counts = {
+            "background": numbers["backgrounds"],
+            "foreground": numbers["foregrounds"],
+            "foreground_mask": numbers["foregrounds"],
+        }
+        statistics = {kind: Moments.from_dict(m) for kind, m in latest["statistics"].items()}
+        counts.update({kind: m.images for kind, m in statistics.items() if kind not in counts})
+        return GenerateReport(
+            manifest.out,
+            made,
+            numbers["done"],
+            numbers["samples"],
+            compositor.backend.name,
+            time.perf_counter() - self._start,
+            counts,
+            statistics,
+            latest["bytes"],
+            memory,
+            transferred,
+            self.timeline,
+        )
 
 
 class _Count:
@@ -241,24 +407,23 @@ class _Count:
             self.progress(self.done, self.total)
 
 
-def _overlap(manifest: Manifest, part: Shard) -> int:
-    """How many samples of ``part`` are committed."""
-    shards = [record.shard for record in manifest.records()]
-    return len(part) - sum(len(gap) for gap in missing(part, shards))
-
-
 def _engine(
-    compositor: Compositor, sink: sinks.Sink, manifest: Manifest, workers: int, batch_size: int | None
+    compositor: Compositor,
+    sink: sinks.Sink,
+    manifest: Manifest,
+    workers: int,
+    batch_size: int | None,
+    depth: DepthModel | None,
 ) -> Any:
     """The pipeline for the compositor's device."""
     backend: Any = compositor.backend
     if backend.name == "cpu":
         from gpufgbg.cpu_pipeline import CpuPipeline
 
-        return CpuPipeline(backend, compositor.plan, sink, manifest, workers, batch_size)
+        return CpuPipeline(backend, compositor.plan, sink, manifest, workers, batch_size, depth)
     from gpufgbg.cuda_pipeline import CudaPipeline
 
-    return CudaPipeline(backend, compositor.plan, sink, manifest, workers, batch_size)
+    return CudaPipeline(backend, compositor.plan, sink, manifest, workers, batch_size, depth)
 
 
 def _part(samples: tuple[int | None, int | None] | None, total: int) -> Shard:
@@ -281,13 +446,17 @@ def _check_same(
     source_sums: dict[str, list[str]],
 ) -> None:
     """Raise `DatasetError` where the data set at the output path was begun with anything else."""
-    there = {**content["recipe"], "sink": content["sink"]}
-    here = {**described["recipe"], "sink": described["sink"]}
+    there, here = _flat(content), _flat(described)
     differences = [
         f"{name} is {there.get(name)!r} there and {here[name]!r} here"
         for name in here
         if there.get(name) != here[name]
     ]
+    if content.get("depth") is None and described["depth"] is not None and len(differences) == 1:
+        raise DatasetError(
+            f"--out {printable(manifest.out)}: holds a data set without depth maps: add them with "
+            f"gpufgbg depth {printable(manifest.out)}"
+        )
     for kind, sums in source_sums.items():
         listed = content["assets"][kind]
         known = [entry["source_sha256"] for entry in listed]
@@ -304,6 +473,22 @@ def _check_same(
             f"--out {printable(manifest.out)}: holds a data set of another recipe or other pictures: "
             f"{'; '.join(differences)}: give the same ones to continue it, or choose another path"
         )
+
+
+def _flat(content: dict[str, Any]) -> dict[str, Any]:
+    """What decides a data set's bytes but its pictures and the depth engine, by name."""
+    depth = content.get("depth")
+    if depth is not None:
+        depth = " ".join(f"{name} {value}" for name, value in depth.items() if name != "engines")
+    return {**content["recipe"], "sink": content["sink"], "depth": depth}
+
+
+def _add_engine(manifest: Manifest, content: dict[str, Any], model: DepthModel) -> None:
+    """Note in dataset.json which engine makes depth maps from here on. Call it with the lock held."""
+    engines = content["depth"].setdefault("engines", [])
+    if model.engine.description not in engines:
+        engines.append(model.engine.description)
+        manifest.write(content)
 
 
 def _begin(
@@ -396,17 +581,18 @@ def _finish(
     manifest: Manifest,
     content: dict[str, Any],
     compositor: Compositor,
-    layout: Layout,
     sink: sinks.Sink,
     ahead: LabelJob | None,
 ) -> dict[str, Any]:
     """Join what can be joined, write labels and dataset.json, and return its content. Call it with the lock held."""
     plan = compositor.plan
+    if content.get("depth") and any("depth" not in record.moments for record in manifest.records()):
+        return {**content, "complete": False}  # whoever gives the last shards their depth maps finishes
     records = _join_records(manifest, compositor, sink)
     done = merged([record.shard for record in records])
     count = sum(len(part) for part in done)
     kinds = sorted({kind for record in records for kind in record.moments})
-    statistics = {"background": Moments.of(compositor.assets.backgrounds)}
+    statistics = {"background": Moments.from_dict(content["statistics"]["background"])}
     for kind in kinds:
         statistics[kind] = Moments.total(record.moments[kind] for record in records)
     size_bytes = {
@@ -427,7 +613,8 @@ def _finish(
     if done and (manifest.read() or {}).get("shards") != latest["shards"]:
         if ahead is None or ahead.done != done:  # another process has made samples meanwhile
             ahead = LabelJob(manifest.scratch / "labels", mask_areas(compositor.assets), done)
-            write_labels(ahead.folder, plan, ahead.areas, done)
+            ranges = functools.partial(manifest.depth_ranges, records=records) if content.get("depth") else None
+            write_labels(ahead.folder, plan, ahead.areas, done, ranges)
         publish_labels(ahead.folder, manifest.out)
         manifest.write(latest)
     sink.finish(done)
@@ -454,6 +641,7 @@ def _join_records(manifest: Manifest, compositor: Compositor, sink: sinks.Sink) 
             checksum.hexdigest(),
             {kind: sum(piece.size_bytes[kind] for piece in pieces) for kind in kinds},
             {kind: Moments.total(piece.moments[kind] for piece in pieces) for kind in kinds},
+            manifest.depth_ranges(cell, pieces) if "depth" in kinds else None,
         )
         manifest.record([whole])
         joined.append(whole)

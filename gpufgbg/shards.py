@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from gpufgbg.layout import Layout
 from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord
@@ -35,15 +36,21 @@ class OpenShard:
         self.folder.mkdir()
         self.placements: Placements = plan.placements(np.arange(shard.start, shard.stop))
         self.size_bytes: dict[str, int] = {}
+        self._depth_ranges: list[npt.NDArray[np.float32]] = []
         self._layout = Layout.of(plan)
         self._sink = sink
         self._writer = sink.open(self.folder, shard)
         self._checksum = ShardChecksum()
 
-    def samples(self, part: slice, files: Mapping[str, Sequence[bytes]]) -> EncodedSamples:
+    def samples(
+        self,
+        part: slice,
+        files: Mapping[str, Sequence[bytes]],
+        depth_ranges: npt.NDArray[np.float32] | None = None,
+    ) -> EncodedSamples:
         """The files of a part of the shard's samples, with their names."""
         placements = self.placements[part]
-        return EncodedSamples(placements, self._layout.stems(placements), files)
+        return EncodedSamples(placements, self._layout.stems(placements), files, depth_ranges)
 
     def append(self, samples: EncodedSamples, pack: object) -> None:
         """Add the next samples and what the sink made of them."""
@@ -52,11 +59,18 @@ class OpenShard:
             self._checksum.add(path, data)
         for kind, files in samples.files.items():
             self.size_bytes[kind] = self.size_bytes.get(kind, 0) + sum(map(len, files))
+        if samples.depth_ranges is not None:
+            self._depth_ranges.append(samples.depth_ranges)
 
     def close(self) -> str:
         """All samples are there: finish the files. Returns the checksum."""
         self._writer.close()
         return self._checksum.hexdigest()
+
+    @property
+    def depth_ranges(self) -> npt.NDArray[np.float32] | None:
+        """(samples, 2) least and greatest depth of each sample so far; None where there are no depth maps."""
+        return np.concatenate(self._depth_ranges) if self._depth_ranges else None
 
     def abandon(self) -> None:
         """Let go of open files; the run's folder is removed by its owner."""
@@ -67,15 +81,9 @@ class Committer:
     """Commits closed shards in a thread of its own: durable, visible, recorded, in this order.
 
     All shards that wait are made durable by one call, since one call for many files costs little more than for one.
-
-    Attributes
-    ----------
-    committed : int
-        Samples committed so far.
     """
 
     def __init__(self, sink: Sink, manifest: Manifest) -> None:
-        self.committed = 0
         self._sink = sink
         self._manifest = manifest
         self._waiting: queue.SimpleQueue[tuple[ShardRecord, Path] | None] = queue.SimpleQueue()
@@ -111,6 +119,5 @@ class Committer:
                 for record, folder in closed:
                     self._sink.publish(folder, record.shard)
                 self._manifest.record([record for record, _ in closed])
-                self.committed += sum(len(record.shard) for record, _ in closed)
             except BaseException as error:  # raised again in the thread that hands shards in
                 self._error = error

@@ -15,7 +15,7 @@ from gpufgbg import sinks
 from gpufgbg.backends.cpu import encode_jpeg
 from gpufgbg.compositor import Compositor
 from gpufgbg.exceptions import DatasetError, OptionError, printable
-from gpufgbg.layout import Layout
+from gpufgbg.layout import SAMPLE_KINDS, Layout
 from gpufgbg.manifest import ShardChecksum, merged, open_dataset
 from gpufgbg.pipeline import load_assets
 from gpufgbg.recipe import Plan, Shard
@@ -92,7 +92,8 @@ def verify(
         )
     compositor = Compositor(assets, recipe, "cpu", workers)
     plan, layout = compositor.plan, Layout.of(compositor.plan)
-    sink = sinks.select(content["sink"], manifest.out, plan)
+    kinds = [kind for kind in SAMPLE_KINDS if kind in content["bytes"]]
+    sink = sinks.select(content["sink"], manifest.out, plan, kinds)
     shards = [(Shard(s["start"], s["stop"]), s["sha256"]) for s in content["shards"]]
     done = merged([shard for shard, _ in shards])
     report.samples = sum(len(part) for part in done)
@@ -104,7 +105,6 @@ def verify(
         report.faults.append(
             f"{printable(manifest.out)}: incomplete: {report.samples:,} of {len(plan):,} samples are there"
         )
-    kinds = [kind for kind in ("composite", "composite_mask", "depth") if kind in content["bytes"]]
     chosen = _chosen(done, rerender)
     checked = 0
     for shard, checksum in shards:

@@ -7,8 +7,9 @@ Messages to a writer, and its answers:
 
 - ``("plan", ...)``: what the data set is; first, once.
 - ``("labels", folder, areas, done)``: write the label files; ``("labels",)``.
-- ``("samples", shard, start, stop, slot, offsets, last)``: the next samples of a shard lie in a slot of the memory;
-  ``("free", slot)`` as soon as the slot may be used again, and after the last ``("closed", checksum, size_bytes)``.
+- ``("samples", shard, start, stop, slot, offsets, depth_ranges, last)``: the next samples of a shard lie in a slot of
+  the memory; ``("free", slot)`` as soon as the slot may be used again, and after the last
+  ``("closed", checksum, size_bytes, depth_ranges)``.
 - any failure: ``("failed", errno or None, text, file name or None)``, and the process ends.
 """
 
@@ -49,9 +50,9 @@ def _serve(connection: Connection, memory: memoryview) -> None:
     from gpufgbg.recipe import Plan
     from gpufgbg.shards import OpenShard
 
-    _, recipe, n_backgrounds, widths, heights, out, sink_name, runs, slot_bytes = connection.recv()
+    _, recipe, n_backgrounds, widths, heights, out, sink_name, kinds, runs, slot_bytes = connection.recv()
     plan = Plan(recipe, n_backgrounds, widths, heights)
-    sink = sinks.select(sink_name, out, plan)
+    sink = sinks.select(sink_name, out, plan, kinds)
     current: OpenShard | None = None
     while True:
         message: tuple[Any, ...] = connection.recv()
@@ -62,19 +63,20 @@ def _serve(connection: Connection, memory: memoryview) -> None:
             write_labels(Path(folder), plan, areas, done)
             connection.send(("labels",))
             continue
-        _, shard, start, stop, slot, offsets, last = message
+        _, shard, start, stop, slot, offsets, depth_ranges, last = message
         if current is None:
             current = OpenShard(plan, sink, shard, runs)
         base = slot * slot_bytes
         files = {
             kind: [memory[base + a : base + b] for a, b in itertools.pairwise(ends)] for kind, ends in offsets.items()
         }
-        samples = current.samples(slice(start - shard.start, stop - shard.start), files)  # type: ignore[arg-type]
+        part = slice(start - shard.start, stop - shard.start)
+        samples = current.samples(part, files, depth_ranges)  # type: ignore[arg-type]
         current.append(samples, sink.pack(samples, current.folder))
         connection.send(("free", slot))
         if last:
             checksum = current.close()
-            connection.send(("closed", checksum, current.size_bytes))
+            connection.send(("closed", checksum, current.size_bytes, current.depth_ranges))
             current = None
 
 

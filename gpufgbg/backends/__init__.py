@@ -48,13 +48,18 @@ def check_device(device: str) -> str:
     return device
 
 
+def blended_masks(assets: Assets) -> npt.NDArray[np.uint16]:
+    """The foregrounds' masks, packed as they are, pasted through themselves onto black: composite masks' values."""
+    blended = assets.masks.astype(np.uint16) ** 2 + np.uint16(128)
+    return (blended + (blended >> 8)) >> 8
+
+
 def blended_mask_sums(assets: Assets) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(F,) sums and sums of squares of each foreground's composite mask.
 
     A mask lies inside the frame as a whole, so they don't depend on where it lies.
     """
-    blended = assets.masks.astype(np.uint16) ** 2 + np.uint16(128)
-    blended = (blended + (blended >> 8)) >> 8
+    blended = blended_masks(assets)
     starts = assets.offsets[:-1]
     squares = np.add.reduceat(blended.astype(np.uint32) ** 2, starts, dtype=np.int64)
     return np.add.reduceat(blended, starts, dtype=np.int64), squares

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import imagecodecs
@@ -20,7 +21,7 @@ from gpufgbg.backends import blended_mask_sums
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Placements, Recipe
 
-__all__ = ["CpuBackend", "encode_jpeg", "moments"]
+__all__ = ["CpuBackend", "encode_jpeg", "moments", "reconstruct_jpeg"]
 
 _TABLE_BYTES = 128 << 20  # tables of more foregrounds than fit are made again for every chunk
 _PIXEL_BYTES = 10  # of a foreground's pixel in the tables
@@ -163,6 +164,22 @@ def encode_jpeg(pictures: npt.NDArray[np.uint8], quality: int, subsampling: str,
     chroma = subsampling if pictures.ndim == 4 else None
     encode = imagecodecs.jpeg8_encode
     return [bytes(encode(picture, level=quality, subsampling=chroma, optimize=optimize)) for picture in pictures]
+
+
+def decode_jpeg(files: Sequence[bytes]) -> npt.NDArray[np.uint8]:
+    """Pictures of one size out of JPEG files, (N, H, W, 3) or (N, H, W), as Pillow decodes them."""
+    return np.stack([imagecodecs.jpeg8_decode(file) for file in files])
+
+
+def reconstruct_jpeg(pictures: npt.NDArray[np.uint8], quality: int, subsampling: str) -> npt.NDArray[np.uint8]:
+    """The pixels that a decoder gets from `encode_jpeg`'s files, shaped as the pictures; equal to Pillow's.
+
+    Huffman tables, optimal or not, don't change them.
+    """
+    decoded = np.empty(pictures.shape, np.uint8)
+    for to, file in zip(decoded, encode_jpeg(pictures, quality, subsampling, False), strict=True):
+        imagecodecs.jpeg8_decode(file, out=to)
+    return decoded
 
 
 # keep, add, matte, spans; and the pixel and the row where each (foreground, flip) starts

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaBackend", "CudaJpeg", "count_devices", "moments"]
 
-_MODULES = ("composite", "jpeg", "moments")
+_MODULES = ("composite", "depth", "jpeg", "moments")
 _FLIP_MODES = {"never": 0, "always": 1, "both": 2}
 _COMPOSITE_THREADS, _MOMENTS_THREADS = 256, 192
 # kernels/jpeg.cu: MCUs of a chunk, and sampling factors, by mode
 _MODES = {"grey": (192, 1, 1), "444": (64, 1, 1), "422": (32, 2, 1), "420": (32, 2, 2)}
-_CLASS_ENTRIES, _HEADER_STRIDE, _SETUP_BYTES = 272, 640, 4096
+_CLASS_ENTRIES, _HEADER_STRIDE, _SETUP_BYTES, _RECONSTRUCT_THREADS = 272, 640, 4096, 128
 _MAX_SIDE = 65_500  # libjpeg's limit
 _modules: dict[tuple[int, str], Any] = {}
 _lock = threading.Lock()
@@ -93,13 +93,32 @@ def moments(pictures: Any) -> Moments:
     """Moments of pictures (N, H, W) or (N, H, W, 3), uint8, contiguous in the card's memory. Waits for the result."""
     import cupy
 
-    pictures = cupy.ascontiguousarray(cupy.asarray(pictures))
+    return start_moments(cupy.ascontiguousarray(cupy.asarray(pictures))).get()
+
+
+class PendingSums:
+    """Moments of pictures that the card may still be counting."""
+
+    def __init__(self, images: int, pixels: int, sums: Any) -> None:
+        self._images = images
+        self._pixels = pixels
+        self._sums = sums
+
+    def get(self) -> Moments:
+        """The moments; waits for them."""
+        found = [int(v) for v in self._sums.get()]
+        channels = len(found) // 2
+        return Moments(self._images, self._pixels, tuple(found[:channels]), tuple(found[channels:]))
+
+
+def start_moments(pictures: Any) -> PendingSums:
+    """Like `moments`, on the current stream, without waiting."""
+    import cupy
+
     channels = pictures.shape[3] if pictures.ndim == 4 else 1
     sums = cupy.zeros(2 * channels, np.uint64)
     _launch_moments(pictures, channels, sums)
-    found = [int(v) for v in sums.get()]
-    pixels = pictures.size // channels
-    return Moments(len(pictures), pixels, tuple(found[:channels]), tuple(found[channels:]))
+    return PendingSums(len(pictures), pictures.size // channels, sums)
 
 
 def _launch_moments(pictures: Any, channels: int, sums: Any) -> None:
@@ -111,8 +130,21 @@ def _launch_moments(pictures: Any, channels: int, sums: Any) -> None:
     kernel("moments", "moments")((blocks,), (_MOMENTS_THREADS,), arguments)
 
 
+def _checked(pictures: Any) -> tuple[int, int, int, int]:
+    """(N, height, width, channels) of pictures that the kernels of ``kernels/jpeg.cu`` take, or `InputError`."""
+    n, height, width = pictures.shape[:3]
+    channels = pictures.shape[3] if pictures.ndim == 4 else 1
+    if pictures.dtype != np.uint8 or channels not in (1, 3) or not pictures.flags.c_contiguous:
+        raise InputError(
+            f"pictures: got {pictures.dtype} {pictures.shape}, expected C-contiguous uint8 (N, H, W[, 3])"
+        )
+    if not 1 <= height <= _MAX_SIDE or not 1 <= width <= _MAX_SIDE:
+        raise InputError(f"pictures: got {width}x{height}, expected 1 to {_MAX_SIDE:,} pixels a side")
+    return n, height, width, channels
+
+
 class CudaJpeg:
-    """Batched baseline JPEG encoding on the current device; see ``kernels/jpeg.cu``.
+    """Batched baseline JPEG encoding, and what a decoder makes of it, on the current device; see ``kernels/jpeg.cu``.
 
     Parameters
     ----------
@@ -160,14 +192,7 @@ class CudaJpeg:
         """
         import cupy
 
-        n, height, width = pictures.shape[:3]
-        channels = pictures.shape[3] if pictures.ndim == 4 else 1
-        if pictures.dtype != np.uint8 or channels not in (1, 3) or not pictures.flags.c_contiguous:
-            raise InputError(
-                f"pictures: got {pictures.dtype} {pictures.shape}, expected C-contiguous uint8 (N, H, W[, 3])"
-            )
-        if not 1 <= height <= _MAX_SIDE or not 1 <= width <= _MAX_SIDE:
-            raise InputError(f"pictures: got {width}x{height}, expected 1 to {_MAX_SIDE:,} pixels a side")
+        n, height, width, channels = _checked(pictures)
         if n == 0:
             return cupy.empty(0, np.uint8), cupy.zeros(1, np.int64)
         mode, blocks, mcus, chunk = self.geometry(height, width, channels)
@@ -203,6 +228,54 @@ class CudaJpeg:
         launch("jpeg_write", per_chunk, 128, i32(chunks), i32(image_blocks), i32(chunk_blocks), headers, header_bytes,
                tokens, chunk_bytes, chunk_starts, offsets, np.int64(capacity), files)  # fmt: skip
         return files, offsets
+
+    def reconstruct(self, pictures: Any, out: Any = None) -> Any:
+        """The pixels that libjpeg-turbo decodes from the files that `encode` makes, without making these.
+
+        Waits for nothing: the result is there for what follows on the current stream.
+
+        Parameters
+        ----------
+        pictures : (N, H, W, 3) or (N, H, W) uint8
+            In the device's memory, C-contiguous.
+        out : as ``pictures``, optional
+            Where the pixels go; memory of its own, not that of ``pictures``. Made where it is not given.
+
+        Returns
+        -------
+        out : as ``pictures``
+            Owned by the caller.
+
+        Raises
+        ------
+        InputError
+            Another shape, dtype or layout, of ``pictures`` or ``out``.
+        """
+        import cupy
+
+        n, height, width, channels = _checked(pictures)
+        if out is None:
+            out = cupy.empty(pictures.shape, np.uint8)
+        elif out.dtype != np.uint8 or out.shape != pictures.shape or not out.flags.c_contiguous:
+            raise InputError(f"out: got {out.dtype} {out.shape}, expected C-contiguous uint8 {pictures.shape}")
+        if n == 0:
+            return out
+        mode = "grey" if channels == 1 else self.subsampling
+        _, h, v = _MODES[mode]
+        across, down = -(-width // 8), -(-height // 8)
+        chroma_blocks = 0 if channels == 1 else -(-width // (8 * h)) * -(-height // (8 * v))
+        blocks = n * (across * down + 2 * chroma_blocks)
+        setup, sizes = self._setup(height, width, channels), (np.int32(n), np.int32(width), np.int32(height))
+        planes = out if channels == 1 else cupy.empty(64 * blocks, np.uint8)
+
+        def launch(name: str, threads: int, *arguments: Any) -> None:
+            grid = (-(-threads // _RECONSTRUCT_THREADS),)
+            kernel("jpeg", f"{name}_{mode}")(grid, (_RECONSTRUCT_THREADS,), arguments)
+
+        launch("jpeg_reconstruct", blocks, pictures, *sizes, setup, planes)
+        if channels == 3:
+            launch("jpeg_upsample", n * height * across, planes, *sizes, out)
+        return out
 
     def _setup(self, height: int, width: int, channels: int) -> Any:
         import cupy

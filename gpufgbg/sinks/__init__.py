@@ -16,6 +16,9 @@ from gpufgbg.exceptions import OptionError
 from gpufgbg.layout import Layout
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from gpufgbg.recipe import Placements, Plan, Shard
 
 __all__ = ["SINKS", "EncodedSamples", "ShardWriter", "Sink", "select"]
@@ -34,11 +37,14 @@ class EncodedSamples:
         File names without ending.
     files : dict of str to sequence of bytes
         By kind, in the order of `SAMPLE_KINDS`, one a sample.
+    depth_ranges : (N, 2) float32, optional
+        Least and greatest depth of each sample, where there are depth maps.
     """
 
     placements: Placements
     stems: list[str]
     files: Mapping[str, Sequence[bytes]]
+    depth_ranges: npt.NDArray[np.float32] | None = None
 
     def items(self) -> Iterator[tuple[str, bytes]]:
         """(path in the folder tree, bytes) of every file, sample by sample."""
@@ -61,9 +67,17 @@ class ShardWriter(Protocol):
 
 
 class Sink(Protocol):
-    """A way to keep a data set in a folder."""
+    """A way to keep a data set in a folder.
+
+    Attributes
+    ----------
+    name : str
+    kinds : sequence of str
+        Kinds of pictures that a sample has.
+    """
 
     name: str
+    kinds: Sequence[str]
 
     def pack(self, samples: EncodedSamples, folder: Path) -> Any:
         """What `ShardWriter.append` takes; may write into ``folder``, the shard's own."""
@@ -113,19 +127,19 @@ class FileShard:
         self.file.close()
 
 
-def select(name: str, out: Path, plan: Plan) -> Sink:
-    """The sink called ``name`` for a data set at ``out``, or `OptionError`."""
+def select(name: str, out: Path, plan: Plan, kinds: Sequence[str]) -> Sink:
+    """The sink called ``name`` for a data set at ``out`` with these kinds of pictures a sample, or `OptionError`."""
     layout = Layout.of(plan)
     if name == "tree":
         from gpufgbg.sinks.tree import TreeSink
 
-        return TreeSink(out, plan, layout)
+        return TreeSink(out, plan, layout, kinds)
     if name == "tar":
         from gpufgbg.sinks.tar import TarSink
 
-        return TarSink(out, plan, layout)
+        return TarSink(out, plan, layout, kinds)
     if name == "zip":
         from gpufgbg.sinks.stored_zip import ZipSink
 
-        return ZipSink(out, plan, layout)
+        return ZipSink(out, plan, layout, kinds)
     raise OptionError("sink", f"got {name!r}, expected one of {', '.join(SINKS)}")

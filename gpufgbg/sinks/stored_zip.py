@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from gpufgbg.exceptions import DatasetError, printable
 from gpufgbg.files import fsync_folder, remove_tree, sync_file_system
-from gpufgbg.layout import SAMPLE_KINDS, Layout
+from gpufgbg.layout import Layout
 from gpufgbg.manifest import STATE, tiling
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.sinks import EncodedSamples, FileShard
@@ -109,8 +109,9 @@ class ZipSink:
 
     name = "zip"
 
-    def __init__(self, out: Path, plan: Plan, layout: Layout) -> None:
+    def __init__(self, out: Path, plan: Plan, layout: Layout, kinds: Sequence[str]) -> None:
         self.out = out
+        self.kinds = kinds
         self.plan = plan
         self.layout = layout
         self.file = out / "dataset.zip"
@@ -149,10 +150,9 @@ class ZipSink:
                             yield name, data
                 return
             for stem in self.layout.stems(self.plan.placements(range(shard.start, shard.stop))):
-                for kind in SAMPLE_KINDS:
+                for kind in self.kinds:
                     path = Layout.sample_path(kind, stem)
-                    if kind != "depth":
-                        yield path, self._archive.read(path)
+                    yield path, self._archive.read(path)
         except (OSError, KeyError, zipfile.BadZipFile, struct.error) as error:
             raise DatasetError(f"{printable(self.file)}: can't be read: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Tar shards in the WebDataset convention: ``KEY.composite.jpg``, ``KEY.mask.jpg``, ``KEY.json``.
+"""Tar shards in the WebDataset convention: ``KEY.composite.jpg``, ``KEY.mask.jpg``, ``KEY.depth.jpg``, ``KEY.json``.
 
 Each cell of the shard grid is ``shards/shard-000000.tar``. A cell of which runs with ``--samples`` made pieces has
 ``shards/shard-000000.part-START-STOP.tar`` until all pieces are there; then they are joined into the shard that one
@@ -67,7 +67,8 @@ class TarSink:
 
     name = "tar"
 
-    def __init__(self, out: Path, plan: Plan, layout: Layout) -> None:
+    def __init__(self, out: Path, plan: Plan, layout: Layout, kinds: Sequence[str]) -> None:
+        self.kinds = kinds
         self.folder = out / "shards"
         self.state = out / STATE
         self.plan = plan
@@ -92,6 +93,8 @@ class TarSink:
                 "w": int(plan.foreground_widths[f]),
                 "h": int(plan.foreground_heights[f]),
             }
+            if samples.depth_ranges is not None:
+                label["depth_min"], label["depth_max"] = samples.depth_ranges[n].tolist()
             packed.append(member(f"{stem}.json", json.dumps(label).encode()))
         return b"".join(packed)
 
@@ -130,7 +133,7 @@ class TarSink:
                 with path.open("rb") as file:
                     for name, data in members(file):
                         stem, _, suffix = name.partition(".")
-                        if suffix in _KIND_OF:
+                        if _KIND_OF.get(suffix) in self.kinds:
                             yield Layout.sample_path(_KIND_OF[suffix], stem), data
             except (OSError, ValueError) as error:
                 raise DatasetError(f"{printable(path)}: can't be read: {error}") from None

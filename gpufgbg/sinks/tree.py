@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gpufgbg.exceptions import DatasetError, printable
 from gpufgbg.files import fsync_folder, sync_file_system
-from gpufgbg.layout import SAMPLE_KINDS, Layout
+from gpufgbg.layout import Layout
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.sinks import EncodedSamples
 
@@ -25,8 +25,9 @@ class TreeSink:
 
     name = "tree"
 
-    def __init__(self, out: Path, plan: Plan, layout: Layout) -> None:
+    def __init__(self, out: Path, plan: Plan, layout: Layout, kinds: Sequence[str]) -> None:
         self.out = out
+        self.kinds = kinds
         self.plan = plan
         self.layout = layout
         self._lock = threading.Lock()
@@ -87,11 +88,10 @@ class TreeSink:
 
     def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
         """(path, bytes) of every file of a committed shard."""
-        kinds = [k for k in SAMPLE_KINDS if k != "depth"]
         for start in range(shard.start, shard.stop, 4096):
             indices = range(start, min(start + 4096, shard.stop))
             for stem in self.layout.stems(self.plan.placements(indices)):
-                for kind in kinds:
+                for kind in self.kinds:
                     path = Layout.sample_path(kind, stem)
                     try:
                         yield path, (self.out / path).read_bytes()

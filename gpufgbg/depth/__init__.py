@@ -1,0 +1,1 @@
+"""Depth maps: a monocular network over the composites."""

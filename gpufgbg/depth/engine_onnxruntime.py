@@ -1,0 +1,139 @@
+"""Runs a network with ONNX Runtime: on the CPU, the portable way, or on CUDA where onnxruntime-gpu is installed.
+
+On the CPU each inference takes one picture on the calling thread, so a prediction depends on nothing but its picture,
+and callers get their parallelism from their own threads, as from the rest of the CPU backend.
+
+The CUDA way is written from ONNX Runtime's documentation (execution providers, I/O binding) and has not been run yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpufgbg.depth.sources import NetworkSource, input_type
+from gpufgbg.exceptions import DeviceError, InputError, printable
+
+__all__ = ["OnnxRuntimeEngine"]
+
+
+class OnnxRuntimeEngine:
+    """A network in ONNX Runtime.
+
+    Parameters
+    ----------
+    source : NetworkSource
+    precision : {"fp16", "fp32"}
+    batch : int, optional
+        Pictures of one inference, by default what the file fixes, or 1.
+    device : int, optional
+        Number of the CUDA device whose memory predictions are made from and put into; None for the CPU.
+
+    Attributes
+    ----------
+    batch : int
+    input_shape : tuple of int
+    dtype : numpy.dtype
+        Of the input.
+    description : dict
+        What made the predictions, as JSON values.
+
+    Raises
+    ------
+    DeviceError
+        ONNX Runtime is not installed.
+    InputError
+        It can't run the network.
+    """
+
+    def __init__(
+        self, source: NetworkSource, precision: str = "fp32", batch: int | None = None, device: int | None = None
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise DeviceError("--depth: ONNX Runtime is not installed: pip install 'gpufgbg[depth]'") from None
+        self._runtime = onnxruntime
+        self.batch = source.batch or batch or 1
+        self._device = device
+        cuda = device is not None and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        self._bound = cuda
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # errors come as exceptions
+        providers: list[Any] = [("CUDAExecutionProvider", {"device_id": device})] if cuda else []
+        model = source.graph(self.batch, precision)
+        self.dtype = input_type(model)
+        try:
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, [*providers, "CPUExecutionProvider"]
+            )
+        except Exception as error:  # pybind's exceptions of ONNX Runtime derive from Exception alone
+            raise InputError(
+                f"--depth {printable(source.name)}: ONNX Runtime can't run it: {_first_line(error)}"
+            ) from None
+        self._input = self._session.get_inputs()[0].name
+        self._output = self._session.get_outputs()[0].name
+        width, height = source.size
+        sides = (height, width, 3) if source.channels_last else (3, height, width)
+        self.input_shape = (self.batch, *sides)
+        self._name = source.name
+        self.description = {
+            "backend": "onnxruntime",
+            "version": onnxruntime.__version__,
+            "provider": self._session.get_providers()[0],
+            "precision": precision,
+            "batch": self.batch,
+        }
+
+    def infer(self, images: Any) -> Any:
+        """Predictions of a batch of preprocessed pictures.
+
+        Parameters
+        ----------
+        images : `input_shape`, `dtype`
+            NumPy on the CPU; CuPy with a device.
+
+        Returns
+        -------
+        array
+            The output as the network shapes it, float16 or float32, beside ``images``; owned by the caller.
+        """
+        try:
+            if self._device is None:
+                return self._run(images)
+            import cupy
+
+            if not self._bound:
+                return cupy.asarray(self._run(cupy.asnumpy(images)))
+            return self._run_bound(images)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"--depth {printable(self._name)}: ONNX Runtime failed: {_first_line(error)}") from None
+
+    def _run(self, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        output: npt.NDArray[Any] = self._session.run([self._output], {self._input: images})[0]
+        return output
+
+    def _run_bound(self, images: Any) -> Any:
+        import cupy
+
+        images = cupy.ascontiguousarray(images)
+        cupy.cuda.get_current_stream().synchronize()  # ONNX Runtime has a stream of its own
+        binding = self._session.io_binding()
+        binding.bind_input(self._input, "cuda", self._device, self.dtype.type, tuple(images.shape), images.data.ptr)
+        binding.bind_output(self._output, "cuda", self._device)
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        value = binding.get_outputs()[0]
+        shape, dtype = tuple(value.shape()), np.dtype(np.float16 if "float16" in value.data_type() else np.float32)
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = cupy.cuda.UnownedMemory(value.data_ptr(), size, value, self._device)
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0)).copy()
+
+
+def _first_line(error: BaseException) -> str:
+    return printable(str(error).strip().partition("\n")[0] or type(error).__name__)

@@ -1,0 +1,303 @@
+"""Networks that can be run: DenseDepth from its weights, the built-in one, or any monocular model in ONNX."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from gpufgbg.depth import network
+from gpufgbg.depth.options import DEMO, MEANINGS, RANGES, DepthOptions
+from gpufgbg.exceptions import DeviceError, InputError, OptionError, printable
+
+if TYPE_CHECKING:
+    import onnx
+
+    from gpufgbg.depth.weights import DenseDepthWeights
+
+__all__ = ["DenseDepth", "NetworkSource", "OnnxModel", "open_source"]
+
+_DENSEDEPTH_SCALE = 10.0  # metres of depth 1 in nyu.h5
+
+
+class NetworkSource(Protocol):
+    """What an engine is built from.
+
+    Attributes
+    ----------
+    name : str
+        For people: the file's name, or ``demo``.
+    sha256 : str
+        Of the file.
+    size : (int, int)
+        Width and height of the input.
+    channels_last : bool
+        The input is (N, H, W, 3) instead of (N, 3, H, W).
+    range, meaning : str
+        See `DepthOptions`.
+    scale : float
+        Metres of one unit of depth.
+    batch : int or None
+        Pictures of one inference where the file fixes them.
+    """
+
+    name: str
+    sha256: str
+    size: tuple[int, int]
+    channels_last: bool
+    range: str
+    meaning: str
+    scale: float
+    batch: int | None
+
+    def graph(self, batch: int, precision: str) -> onnx.ModelProto:
+        """The network for a batch, input and output shapes fixed where the file allows it."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the graph, as JSON values: a part of an engine's key."""
+
+    def typed(self, precision: str) -> bool:
+        """Whether all tensors of ``graph`` have the precision's own type, so that an engine has no choice."""
+
+
+def open_source(options: DepthOptions, frame: tuple[int, int]) -> NetworkSource:
+    """The network that the options name, for frames of this (width, height).
+
+    Raises
+    ------
+    InputError
+        The file can't be used; the message says why.
+    OptionError
+        An option does not go with the file.
+    DeviceError
+        A package that reads such files is missing.
+    """
+    if options.weights == DEMO:
+        path = Path(str(resources.files("gpufgbg") / "depth" / "demo.onnx"))
+        return OnnxModel(path, options, frame, DEMO)
+    path = Path(options.weights)
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise InputError(
+            f"--depth {printable(path)}: can't be read: {error.strerror}: expected a file of weights or {DEMO!r}"
+        ) from None
+    if path.suffix.lower() == ".onnx" and head != b"\x89HDF\r\n\x1a\n":
+        return OnnxModel(path, options, frame, path.name)
+    return DenseDepth(path, options, frame)
+
+
+class DenseDepth:
+    """DenseDepth with the weights of a Keras file."""
+
+    channels_last = False
+    batch: int | None = None
+
+    def __init__(self, path: Path, options: DepthOptions, frame: tuple[int, int]) -> None:
+        from gpufgbg.depth.weights import read_weights
+
+        for name, fixed in (("range", "unit"), ("meaning", "inverse")):
+            if getattr(options, name) not in (None, fixed):
+                raise OptionError(
+                    f"depth_{name}",
+                    f"got {getattr(options, name)!r}: DenseDepth's is {fixed}; the option is for models in ONNX",
+                )
+        width, height = options.size or (2 * frame[0], 2 * frame[1])
+        if width % network.MULTIPLE or height % network.MULTIPLE:
+            default = "" if options.size else f" (twice the frame of {frame[0]}x{frame[1]})"
+            raise OptionError(
+                "depth_size",
+                f"got {width}x{height}{default}, expected multiples of {network.MULTIPLE}, for example "
+                f"{_round_up(width)}x{_round_up(height)}: the map is scaled to the frame",
+            )
+        self.weights: DenseDepthWeights = read_weights(path)
+        self.name = path.name
+        self.sha256 = self.weights.sha256
+        self.size = (width, height)
+        self.upsampling = options.upsampling
+        self.range, self.meaning = "unit", "inverse"
+        self.scale = options.scale or _DENSEDEPTH_SCALE
+
+    def graph(self, batch: int, precision: str) -> onnx.ModelProto:
+        """See `NetworkSource`."""
+        return network.build(self.weights, self.size, batch, precision, self.upsampling)
+
+    def identity(self) -> dict[str, Any]:
+        """See `NetworkSource`."""
+        return {
+            "network": f"DenseDepth, graph {network.GRAPH_VERSION}",
+            "weights": self.sha256,
+            "size": list(self.size),
+            "upsampling": self.upsampling,
+        }
+
+    def typed(self, precision: str) -> bool:
+        """See `NetworkSource`."""
+        return True
+
+
+def _round_up(side: int) -> int:
+    return -(-side // network.MULTIPLE) * network.MULTIPLE
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """An input or output of a graph; None for a dimension that the file leaves open."""
+
+    name: str
+    kind: int
+    shape: tuple[int | None, ...]
+
+
+class OnnxModel:
+    """A monocular model in ONNX: one picture in, one map out."""
+
+    def __init__(self, path: Path, options: DepthOptions, frame: tuple[int, int], name: str) -> None:
+        self.path = path
+        self.name = name
+        if options.upsampling != "half-pixel":
+            raise OptionError(
+                "depth_upsampling", f"{printable(path.name)} is ONNX: the option is for DenseDepth's HDF5"
+            )
+        try:
+            self._bytes = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"--depth {printable(path)}: can't be read: {error.strerror}") from None
+        self.sha256 = hashlib.sha256(self._bytes).hexdigest()
+        source, output = self._one("input"), self._one("output")
+        batch, self.channels_last, width, height = self._input_form(source)
+        self._check_output(output)
+        self.batch = batch
+        self.size = self._size(options, frame, width, height)
+        metadata = {entry.key: entry.value for entry in self._model.metadata_props}
+        self.range = options.range or self._known(metadata, "range", RANGES, "unit")
+        self.meaning = options.meaning or self._known(metadata, "meaning", MEANINGS, "metres")
+        self.scale = options.scale or 1.0
+
+    @cached_property
+    def _model(self) -> onnx.ModelProto:
+        onnx = _import_onnx()
+        try:
+            model = onnx.load_model_from_string(self._bytes)
+            if not model.graph.node:
+                raise ValueError("no graph in it")
+            onnx.checker.check_model(model)
+        except Exception as error:  # protobuf's, onnx' and what they let through have no common base
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise InputError(f"--depth {printable(self.path)}: no usable ONNX model: {printable(reason)}") from None
+        return model
+
+    def _one(self, side: str) -> _Tensor:
+        graph = self._model.graph
+        constants = {tensor.name for tensor in graph.initializer}
+        values = [value for value in getattr(graph, side) if value.name not in constants]
+        if len(values) != 1:
+            names = ", ".join(printable(value.name) for value in values) or "none"
+            what = "picture as input" if side == "input" else "map as output"
+            raise InputError(f"--depth {printable(self.path)}: {len(values)} {side}s ({names}), expected one {what}")
+        value = values[0]
+        tensor = value.type.tensor_type
+        if not tensor.HasField("shape"):
+            raise InputError(
+                f"--depth {printable(self.path)}: {side} {printable(value.name)} has a dynamic rank, expected a "
+                "shape with 4 dimensions: export the model with fixed dimensions"
+            )
+        shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in tensor.shape.dim)
+        return _Tensor(value.name, tensor.elem_type, shape)
+
+    def _input_form(self, tensor: _Tensor) -> tuple[int | None, bool, int | None, int | None]:
+        """(batch, channels last, width, height) of the input."""
+        onnx = _import_onnx()
+        said = f"--depth {printable(self.path)}: input {printable(tensor.name)}"
+        if tensor.kind not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+            kind = onnx.TensorProto.DataType.Name(tensor.kind)
+            raise InputError(
+                f"{said} holds {kind}, expected FLOAT or FLOAT16: export the model for floating-point input"
+            )
+        shape = tensor.shape
+        if len(shape) == 4 and shape[1] == 3:
+            return shape[0], False, shape[3], shape[2]
+        if len(shape) == 4 and shape[3] == 3:
+            return shape[0], True, shape[2], shape[1]
+        text = "x".join("?" if side is None else str(side) for side in shape)
+        raise InputError(f"{said} is {text}, expected Nx3xHxW or NxHxWx3")
+
+    def _check_output(self, tensor: _Tensor) -> None:
+        shape = tensor.shape
+        maps = (len(shape) == 4 and 1 in (shape[1], shape[3])) or len(shape) == 3
+        if not maps and not (len(shape) == 4 and None in (shape[1], shape[3])):
+            text = "x".join("?" if side is None else str(side) for side in shape)
+            raise InputError(
+                f"--depth {printable(self.path)}: output {printable(tensor.name)} is {text}, expected one map a "
+                "picture: NxHxW, Nx1xHxW or NxHxWx1"
+            )
+
+    def _size(
+        self, options: DepthOptions, frame: tuple[int, int], width: int | None, height: int | None
+    ) -> tuple[int, int]:
+        asked = options.size or frame
+        size = (width or asked[0], height or asked[1])
+        if options.size is not None and size != options.size:
+            raise OptionError(
+                "depth_size",
+                f"got {options.size[0]}x{options.size[1]}, {printable(self.path.name)} takes "
+                f"{width or 'any'}x{height or 'any'}",
+            )
+        return size
+
+    def _known(self, metadata: dict[str, str], key: str, choices: tuple[str, ...], default: str) -> str:
+        value = metadata.get(key, default)
+        return value if value in choices else default
+
+    def graph(self, batch: int, precision: str) -> onnx.ModelProto:
+        """See `NetworkSource`."""
+        model = type(self._model)()
+        model.CopyFrom(self._model)
+        name = self._one("input").name
+        value = next(value for value in model.graph.input if value.name == name)
+        width, height = self.size
+        shape = (batch, height, width, 3) if self.channels_last else (batch, 3, height, width)
+        for dimension, side in zip(value.type.tensor_type.shape.dim, shape, strict=True):
+            dimension.dim_value = side
+        # What the file says of shapes further on may name the dimensions that are fixed now: let the engine infer it.
+        del model.graph.value_info[:]
+        for dimension in model.graph.output[0].type.tensor_type.shape.dim:
+            dimension.ClearField("value")
+        return model
+
+    def identity(self) -> dict[str, Any]:
+        """See `NetworkSource`."""
+        return {"network": "ONNX", "weights": self.sha256, "size": list(self.size)}
+
+    def typed(self, precision: str) -> bool:
+        """See `NetworkSource`."""
+        wanted = 10 if precision == "fp16" else 1  # TensorProto.FLOAT16, FLOAT
+        floating = {t.data_type for t in self._model.graph.initializer if t.data_type in (1, 10, 11, 16)}
+        return floating <= {wanted} and self._one("input").kind == wanted
+
+
+def _import_onnx() -> Any:
+    try:
+        import onnx
+    except ImportError:
+        raise DeviceError("reading ONNX needs the package onnx: pip install 'gpufgbg[depth]'") from None
+    return onnx
+
+
+def input_type(model: onnx.ModelProto) -> np.dtype[Any]:
+    """Type of the values that a model's input holds."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    value = next(value for value in model.graph.input if value.name not in constants)
+    return np.dtype(np.float16 if value.type.tensor_type.elem_type == 10 else np.float32)
+
+
+def key_of(description: dict[str, Any]) -> str:
+    """A short digest of JSON values."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:24]
