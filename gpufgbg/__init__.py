@@ -13,6 +13,8 @@ from gpufgbg._version import __version__
 if TYPE_CHECKING:
     from gpufgbg.assets import Assets, prepare
     from gpufgbg.compositor import Batch, Compositor
+    from gpufgbg.depth.model import DepthMaps, DepthModel
+    from gpufgbg.depth.options import DepthOptions
     from gpufgbg.exceptions import (
         DatasetError,
         DeviceError,
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     )
     from gpufgbg.jpeg import EncodedImages, JpegEncoder
     from gpufgbg.moments import Moments
-    from gpufgbg.pipeline import GenerateReport, generate
+    from gpufgbg.pipeline import GenerateReport, add_depth, generate
+    from gpufgbg.predict import FolderReport, predict_folder
     from gpufgbg.recipe import Placements, Plan, Recipe
 
 __all__ = [
@@ -33,8 +36,12 @@ __all__ = [
     "Batch",
     "Compositor",
     "DatasetError",
+    "DepthMaps",
+    "DepthModel",
+    "DepthOptions",
     "DeviceError",
     "EncodedImages",
+    "FolderReport",
     "GenerateReport",
     "GpufgbgError",
     "GpufgbgWarning",
@@ -48,19 +55,24 @@ __all__ = [
     "Recipe",
     "StorageError",
     "__version__",
+    "add_depth",
     "generate",
+    "predict_folder",
     "prepare",
 ]
 
 _MODULES = {
     "assets": ("Assets", "prepare"),
     "compositor": ("Batch", "Compositor"),
+    "depth.model": ("DepthMaps", "DepthModel"),
+    "depth.options": ("DepthOptions",),
     "exceptions": (
         "DatasetError", "DeviceError", "GpufgbgError", "GpufgbgWarning", "InputError", "Interrupted",
         "OptionError", "StorageError",
     ),
     "jpeg": ("EncodedImages", "JpegEncoder"),
-    "pipeline": ("GenerateReport", "generate"),
+    "pipeline": ("GenerateReport", "add_depth", "generate"),
+    "predict": ("FolderReport", "predict_folder"),
     "moments": ("Moments",),
     "recipe": ("Placements", "Plan", "Recipe"),
 }  # fmt: skip

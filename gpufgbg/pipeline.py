@@ -455,7 +455,7 @@ def _check_same(
     if content.get("depth") is None and described["depth"] is not None and len(differences) == 1:
         raise DatasetError(
             f"--out {printable(manifest.out)}: holds a data set without depth maps: add them with "
-            f"gpufgbg depth {printable(manifest.out)}"
+            f"gpufgbg depth {printable(manifest.out)} --weights FILE"
         )
     for kind, sums in source_sums.items():
         listed = content["assets"][kind]

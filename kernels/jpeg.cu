@@ -1,4 +1,5 @@
-// Baseline JPEG files for a whole batch of pictures, made in GPU memory, byte for byte Pillow's (libjpeg-turbo's).
+// Baseline JPEG files for a whole batch of pictures, made in GPU memory, byte for byte Pillow's (libjpeg-turbo's); or
+// only the pixels that it decodes from them.
 //
 // Algorithm: ITU-T T.81; every byte-deciding step is a function of jpeg.cuh, whose host build is judged by Pillow in
 // tests/test_jpeg_host.py (one-threaded twin: tests/host/jpeg_host.cpp). One code path for all sizes.
@@ -11,6 +12,10 @@
 //     jpeg_sizes        counts -> where each chunk's bytes start in its file, file sizes
 //     jpeg_offsets      file sizes -> offsets (N + 1)
 //     jpeg_write        packed bytes -> files, one after the other, with stuffing
+// or, for the pixels that a decoder gets from those files, without making them:
+//     jpeg_setup          as above
+//     jpeg_reconstruct_*  pixels -> planes of decoded samples       * = 444, 422, 420; grey gives the pixels at once
+//     jpeg_upsample_*     planes -> decoded pixels                  * = 444, 422, 420
 // offsets[N] is the room the files need; a caller that can't wait for it gives a buffer by guess: a file that does
 // not fit whole is not written at all, the others are.
 //
@@ -35,6 +40,9 @@
 //     token_counts (N, C) uint32                   books        (N, T * 272) uint32
 //     headers      (N, 640) uint8                  header_bytes (N) uint32
 //     leads, chunk_bytes, chunk_sizes, chunk_starts (N, C) uint32; file_sizes (N) uint32; offsets (N + 1) int64
+// To reconstruct colour pictures (grey ones need but the setup), with L = ceil(W / 8) * ceil(H / 8) luma blocks and
+// Q = ceil(W / 8h) * ceil(H / 8v) blocks of each chroma component (h, v: 1, 1 for 4:4:4; 2, 1; 2, 2 for 4:2:0):
+//     planes       (N, 64 * (L + 2 * Q)) uint8: Y, Cb, Cr, rows of whole blocks (jpeg.cuh, Plane)
 // All of it is written before it is read; nothing needs clearing. Pointers must be aligned to 16 bytes, but for
 // pixels and files. Pixels are read in aligned words of 4 bytes that hold at least one of their own bytes.
 // Bounds: a token is at most 27 bits, a block 64 tokens, so a block at most 216 bytes, 432 with every byte stuffed; a
@@ -235,6 +243,67 @@ struct Chunk {
     static constexpr int kResident = 5;  // blocks an SM at least: 64 registers a thread (4:2:2: up to 96)
 };
 
+// Of each thread's block: rows of pairs, later coefficients 2j and 2j + 1.
+template <int Threads>
+union Work {
+    uint32_t pair[kBlock / 2][Threads];
+    int16_t half[kBlock / 2][Threads][2];
+};
+
+// A block's samples through the row pass of the DCT, into the thread's column of work.
+template <int H, int V, int C, int Threads>
+__device__ __forceinline__ void load_rows(const uint8_t* pixels, int64_t image, int32_t width, int32_t height,
+                                          int component, int32_t block_x, int32_t block_y, int thread,
+                                          Work<Threads>& work) {
+    const uint8_t* picture = pixels + image * width * height * C;
+    const bool aligned = ((uintptr_t)pixels | (uintptr_t)((int64_t)width * C)) % 16 == 0;
+    const Conversion to = conversion(component);
+    const bool full = H * V == 1 || component == 0;  // a sample a pixel
+    const int32_t x = block_x * kSide, y = block_y * kSide;
+    const bool inside = (full ? 1 : H) * (x + kSide) <= width;
+#pragma unroll 1
+    for (int row = 0; row < kSide; ++row) {
+        int32_t line[kSide];
+        if (!inside) {
+#pragma unroll 1
+            for (int i = 0; i < kSide; ++i) {
+                const uint32_t sample =
+                    C == 1 ? grey_sample(picture, width, height, x + i, y + row)
+                           : component_sample(picture, width, height, to, full ? 1 : H, full ? 1 : V, x + i, y + row);
+                work.half[row * 4 + i / 2][thread][i % 2] = (int16_t)sample;
+            }
+#pragma unroll
+            for (int i = 0; i < kSide; ++i) line[i] = work.half[row * 4 + i / 2][thread][i % 2];
+        } else if (full) {
+            load_samples<1, 1, C>(picture, width, height, to, aligned, x, y + row, line);
+        } else {
+            load_samples<H, V, C>(picture, width, height, to, aligned, x, y + row, line);
+        }
+        dct8<true>(line);
+#pragma unroll
+        for (int pair = 0; pair < kSide / 2; ++pair)
+            work.pair[row * 4 + pair][thread] = pack_pair(line[2 * pair], line[2 * pair + 1]);
+    }
+}
+
+// The two columns of a pair in work.
+template <int Threads>
+__device__ __forceinline__ void load_columns(const Work<Threads>& work, int thread, int pair, int32_t (&left)[kSide],
+                                             int32_t (&right)[kSide]) {
+#pragma unroll
+    for (int row = 0; row < kSide; ++row) {
+        left[row] = low_of_pair(work.pair[row * 4 + pair][thread]);
+        right[row] = high_of_pair(work.pair[row * 4 + pair][thread]);
+    }
+}
+
+// The column pass of the DCT on such a pair: coefficients times 8.
+__device__ __forceinline__ void transform_columns(int pair, int32_t (&left)[kSide], int32_t (&right)[kSide]) {
+    dct8<false>(left);
+    dct8<false>(right);
+    if (pair == 0) left[0] -= kDcShift;
+}
+
 // One thread a block of 8x8. Threads are in order of component, then block row of the MCU, then column of blocks, so
 // that a warp has one component and its loads are next to each other; `slot` is a block's place in the scan.
 template <int H, int V, int C>
@@ -246,11 +315,7 @@ __device__ __forceinline__ void transform(const uint8_t* __restrict__ pixels, in
     constexpr int kThreads = Shape::kThreads, kBlocks = Shape::kBlocks, kLuma = Shape::kLuma, kMcus = Shape::kMcus;
     constexpr int kClasses = C == 1 ? 1 : 2, kEntries = kClasses * kClassEntries;
 
-    // Of each thread's block: rows of pairs, later coefficients 2j and 2j + 1.
-    __shared__ union {
-        uint32_t pair[kBlock / 2][kThreads];
-        int16_t half[kBlock / 2][kThreads][2];
-    } work;
+    __shared__ Work<kThreads> work;
     __shared__ uint32_t histogram[kEntries];
     __shared__ uint4 divisors[kClasses * kBlock / 2];  // of two neighbours
     __shared__ int32_t dc[kThreads];                   // by slot
@@ -290,49 +355,15 @@ __device__ __forceinline__ void transform(const uint8_t* __restrict__ pixels, in
     __syncthreads();
     uint32_t nonzero_low = 0u, nonzero_high = 0u;
     if (real) {
-        const uint8_t* picture = pixels + image * width * height * C;
-        const bool aligned = ((uintptr_t)pixels | (uintptr_t)((int64_t)width * C)) % 16 == 0;
-        const Conversion to = conversion(component);
-        const bool full = H * V == 1 || component == 0;  // a sample a pixel
-        const int32_t x = block_x * kSide, y = block_y * kSide;
-        const bool inside = (full ? 1 : H) * (x + kSide) <= width;
-#pragma unroll 1
-        for (int row = 0; row < kSide; ++row) {
-            int32_t line[kSide];
-            if (!inside) {
-#pragma unroll 1
-                for (int i = 0; i < kSide; ++i) {
-                    const uint32_t sample = C == 1 ? grey_sample(picture, width, height, x + i, y + row)
-                                                   : component_sample(picture, width, height, to, full ? 1 : H,
-                                                                      full ? 1 : V, x + i, y + row);
-                    work.half[row * 4 + i / 2][thread][i % 2] = (int16_t)sample;
-                }
-#pragma unroll
-                for (int i = 0; i < kSide; ++i) line[i] = work.half[row * 4 + i / 2][thread][i % 2];
-            } else if (full) {
-                load_samples<1, 1, C>(picture, width, height, to, aligned, x, y + row, line);
-            } else {
-                load_samples<H, V, C>(picture, width, height, to, aligned, x, y + row, line);
-            }
-            dct8<true>(line);
-#pragma unroll
-            for (int pair = 0; pair < kSide / 2; ++pair)
-                work.pair[row * 4 + pair][thread] = pack_pair(line[2 * pair], line[2 * pair + 1]);
-        }
+        load_rows<H, V, C>(pixels, image, width, height, component, block_x, block_y, thread, work);
 
         uint32_t packed[kBlock / 2];  // coefficients of columns 2p and 2p + 1 of a row
         const uint4* by = divisors + (component == 0 ? 0 : kBlock / 2);
 #pragma unroll
         for (int pair = 0; pair < kSide / 2; ++pair) {
             int32_t left[kSide], right[kSide];
-#pragma unroll
-            for (int row = 0; row < kSide; ++row) {
-                left[row] = low_of_pair(work.pair[row * 4 + pair][thread]);
-                right[row] = high_of_pair(work.pair[row * 4 + pair][thread]);
-            }
-            dct8<false>(left);
-            dct8<false>(right);
-            if (pair == 0) left[0] -= kDcShift;
+            load_columns(work, thread, pair, left, right);
+            transform_columns(pair, left, right);
 #pragma unroll
             for (int row = 0; row < kSide; ++row) {
                 const uint4 divisor = by[row * 4 + pair];
@@ -472,6 +503,187 @@ extern "C" __global__ void __launch_bounds__(Chunk<1, 1, 1>::kThreads, Chunk<1, 
                         uint32_t* __restrict__ histograms, Link* __restrict__ links,
                         uint32_t* __restrict__ token_counts) {
     transform<1, 1, 1>(pixels, width, height, setup, tokens, histograms, links, token_counts);
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// Pixels -> the pixels that a decoder gets from the file
+
+namespace {
+
+constexpr int kReconstructThreads = 128;
+constexpr int kUpsampleThreads = 128;
+
+// One thread a block of 8x8, in order of component, then row, then column; dummy blocks are never seen. The block
+// stays in the thread's column of shared memory: a pair of columns at a time goes through the rest of the DCT, the
+// quantiser, and the column pass of the inverse, then a row at a time through the row pass.
+template <int H, int V, int C>
+__device__ __forceinline__ void reconstruct(const uint8_t* __restrict__ pixels, int32_t n, int32_t width,
+                                            int32_t height, const Setup* __restrict__ setup,
+                                            uint8_t* __restrict__ out) {
+    constexpr int kThreads = kReconstructThreads, kClasses = C == 1 ? 1 : 2;
+    __shared__ Work<kThreads> work;
+    __shared__ uint4 divisors[kClasses * kBlock / 2];  // of two neighbours
+
+    const int thread = (int)threadIdx.x;
+    if (thread < kClasses * kBlock / 2) divisors[thread] = ((const uint4*)setup->divisors)[thread];
+    __syncthreads();
+
+    const int32_t luma_across = ceil_div(width, kSide), luma_blocks = luma_across * ceil_div(height, kSide);
+    const int32_t chroma_across = ceil_div(width, kSide * H),
+                  chroma_blocks = chroma_across * ceil_div(height, kSide * V);
+    const int32_t image_blocks = luma_blocks + (C - 1) * chroma_blocks;
+    const int64_t index = (int64_t)blockIdx.x * kThreads + thread, image = index / image_blocks;
+    if (image >= n) return;
+    int32_t block = (int32_t)(index - image * image_blocks), component = 0, across = luma_across;
+    if (block >= luma_blocks) {
+        component = 1 + (block - luma_blocks) / chroma_blocks;
+        block = (block - luma_blocks) % chroma_blocks;
+        across = chroma_across;
+    }
+    const int32_t block_y = block / across, block_x = block - block_y * across;
+    load_rows<H, V, C>(pixels, image, width, height, component, block_x, block_y, thread, work);
+
+    const uint4* by = divisors + (component == 0 ? 0 : kBlock / 2);
+#pragma unroll 1
+    for (int pair = 0; pair < kSide / 2; ++pair) {
+        int32_t left[kSide], right[kSide];
+        load_columns(work, thread, pair, left, right);
+        transform_columns(pair, left, right);
+#pragma unroll
+        for (int row = 0; row < kSide; ++row) {
+            const uint4 divisor = by[row * 4 + pair];
+            const Divisor left_by = {divisor.x, divisor.y}, right_by = {divisor.z, divisor.w};
+            left[row] = dequantise(quantise(left[row], left_by), left_by);
+            right[row] = dequantise(quantise(right[row], right_by), right_by);
+        }
+        idct8<true>(left);
+        idct8<true>(right);
+#pragma unroll
+        for (int row = 0; row < kSide; ++row) work.pair[row * 4 + pair][thread] = pack_pair(left[row], right[row]);
+    }
+
+    const int32_t x = block_x * kSide, y = block_y * kSide;
+    const Plane plane = plane_of(component, width, height, H, V);
+    const int32_t stride = C == 1 ? width : plane.stride;
+    uint8_t* to =
+        C == 1 ? out + image * width * height : out + image * all_planes_bytes(width, height, H, V) + plane.start;
+    to += (int64_t)y * stride + x;
+    // Planes have room for whole blocks, pictures don't.
+    const int32_t rows = C == 1 ? least(kSide, height - y) : kSide, columns = C == 1 ? width - x : kSide;
+    const bool whole = C > 1 || (columns >= kSide && ((uintptr_t)out | (uintptr_t)width) % 8 == 0);
+#pragma unroll 1
+    for (int row = 0; row < rows; ++row) {
+        int32_t line[kSide];
+#pragma unroll
+        for (int pair = 0; pair < kSide / 2; ++pair) {
+            line[2 * pair] = low_of_pair(work.pair[row * 4 + pair][thread]);
+            line[2 * pair + 1] = high_of_pair(work.pair[row * 4 + pair][thread]);
+        }
+        idct8<false>(line);
+        uint32_t word[2] = {};
+#pragma unroll
+        for (int i = 0; i < kSide; ++i) word[i / 4] |= limited(line[i]) << (8 * (i % 4));
+        if (whole) {
+            *(uint2*)to = {word[0], word[1]};
+        } else {
+#pragma unroll
+            for (int i = 0; i < kSide; ++i)
+                if (i < columns) to[i] = (uint8_t)(word[i / 4] >> (8 * (i % 4)));
+        }
+        to += stride;
+    }
+}
+
+// One thread eight pixels of a row.
+template <int H, int V>
+__device__ __forceinline__ void upsample(const uint8_t* __restrict__ planes, int32_t n, int32_t width, int32_t height,
+                                         uint8_t* __restrict__ out) {
+    const int32_t across = ceil_div(width, kSide), groups = across * height;
+    const int64_t index = (int64_t)blockIdx.x * kUpsampleThreads + (int)threadIdx.x, image = index / groups;
+    if (image >= n) return;
+    const int32_t group = (int32_t)(index - image * groups), y = group / across, x = (group - y * across) * kSide;
+
+    const uint8_t* from = planes + image * all_planes_bytes(width, height, H, V);
+    uint32_t luma[kSide], blue[kSide], red[kSide];
+    upsample_eight<1, 1>(from, plane_of(0, width, height, H, V), x, y, luma);
+    upsample_eight<H, V>(from, plane_of(1, width, height, H, V), x, y, blue);
+    upsample_eight<H, V>(from, plane_of(2, width, height, H, V), x, y, red);
+    uint32_t word[kSide / 4 * 3];
+#pragma unroll
+    for (int i = 0; i < kSide; i += 4) {
+        uint32_t pixel[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) pixel[j] = to_rgb(luma[i + j], blue[i + j], red[i + j]);
+        word[i / 4 * 3] = pixel[0] | pixel[1] << 24;
+        word[i / 4 * 3 + 1] = pixel[1] >> 8 | pixel[2] << 16;
+        word[i / 4 * 3 + 2] = pixel[2] >> 16 | pixel[3] << 8;
+    }
+
+    uint8_t* to = out + 3 * ((image * height + y) * width + x);
+    const int32_t bytes = 3 * least(kSide, width - x);
+    if (bytes == 3 * kSide && (uintptr_t)to % 8 == 0) {
+#pragma unroll
+        for (int i = 0; i < 3; ++i) ((uint2*)to)[i] = {word[2 * i], word[2 * i + 1]};
+    } else {
+#pragma unroll
+        for (int i = 0; i < 3 * kSide; ++i)
+            if (i < bytes) to[i] = (uint8_t)(word[i / 4] >> (8 * (i % 4)));
+    }
+}
+
+}  // namespace
+
+// Pixels to planes. Grid ceil(N * (L + 2 * Q) / 128), block 128. Shared memory, static: 17 KB.
+// pixels       (N, H, W, 3) uint8
+// n            pictures
+// setup        (4096) uint8 of the same shape, subsampling and quality
+// out: planes (N, 64 * (L + 2 * Q)) uint8
+extern "C" __global__ void __launch_bounds__(kReconstructThreads)
+    jpeg_reconstruct_444(const uint8_t* __restrict__ pixels, int32_t n, int32_t width, int32_t height,
+                         const Setup* __restrict__ setup, uint8_t* __restrict__ planes) {
+    reconstruct<1, 1, 3>(pixels, n, width, height, setup, planes);
+}
+
+extern "C" __global__ void __launch_bounds__(kReconstructThreads)
+    jpeg_reconstruct_422(const uint8_t* __restrict__ pixels, int32_t n, int32_t width, int32_t height,
+                         const Setup* __restrict__ setup, uint8_t* __restrict__ planes) {
+    reconstruct<2, 1, 3>(pixels, n, width, height, setup, planes);
+}
+
+extern "C" __global__ void __launch_bounds__(kReconstructThreads)
+    jpeg_reconstruct_420(const uint8_t* __restrict__ pixels, int32_t n, int32_t width, int32_t height,
+                         const Setup* __restrict__ setup, uint8_t* __restrict__ planes) {
+    reconstruct<2, 2, 3>(pixels, n, width, height, setup, planes);
+}
+
+// The same for grey pictures, straight to pixels. Grid ceil(N * L / 128), block 128.
+// pixels       (N, H, W) uint8
+// out: out (N, H, W) uint8, not the pixels' own memory
+extern "C" __global__ void __launch_bounds__(kReconstructThreads)
+    jpeg_reconstruct_grey(const uint8_t* __restrict__ pixels, int32_t n, int32_t width, int32_t height,
+                          const Setup* __restrict__ setup, uint8_t* __restrict__ out) {
+    reconstruct<1, 1, 1>(pixels, n, width, height, setup, out);
+}
+
+// Planes to pixels. Grid ceil(N * H * ceil(W / 8) / 128), block 128.
+// planes       (N, 64 * (L + 2 * Q)) uint8
+// out: out (N, H, W, 3) uint8
+extern "C" __global__ void __launch_bounds__(kUpsampleThreads)
+    jpeg_upsample_444(const uint8_t* __restrict__ planes, int32_t n, int32_t width, int32_t height,
+                      uint8_t* __restrict__ out) {
+    upsample<1, 1>(planes, n, width, height, out);
+}
+
+extern "C" __global__ void __launch_bounds__(kUpsampleThreads)
+    jpeg_upsample_422(const uint8_t* __restrict__ planes, int32_t n, int32_t width, int32_t height,
+                      uint8_t* __restrict__ out) {
+    upsample<2, 1>(planes, n, width, height, out);
+}
+
+extern "C" __global__ void __launch_bounds__(kUpsampleThreads)
+    jpeg_upsample_420(const uint8_t* __restrict__ planes, int32_t n, int32_t width, int32_t height,
+                      uint8_t* __restrict__ out) {
+    upsample<2, 2>(planes, n, width, height, out);
 }
 
 // -------------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-// The arithmetic of the JPEG encoder: everything that decides a byte of a file, for host and device alike.
+// The arithmetic of the JPEG encoder: everything that decides a byte of a file, or of the pixels that a decoder makes
+// of it, for host and device alike.
 //
 // Source: ITU-T T.81 (baseline sequential DCT, Annexes A, B, F and K) and JFIF 1.01, with the choices of
 // libjpeg-turbo 3 behind Pillow's `save(..., "JPEG", quality=, subsampling=, optimize=)`: 16-bit fixed-point
 // RGB->YCC, box downsampling with an alternating bias, the Loeffler-Ligtenberg-Moschytz DCT in 13-bit integers
 // ("islow"), division rounding half away from zero, T.81 K.2 code lengths with the largest symbol preferred among
-// equals.
+// equals. Back again, as its decoder does by default: the same DCT's inverse, triangle ("fancy") upsampling, 16-bit
+// fixed-point YCC->RGB.
 // Twins:  kernels/jpeg.cu (batched, on the GPU) and tests/host/jpeg_host.cpp (one thread, in CI).
-// Judge:  Pillow, whole files, tests/test_jpeg_host.py.
+// Judge:  Pillow, whole files and what it decodes from them, tests/test_jpeg_host.py.
 //
 // Vocabulary. A *class* is a pair of tables: 0 luma (or grey), 1 chroma. A *symbol* is T.81's run/size byte (AC) or
 // size (DC). An *entry* numbers the symbols of all tables: class * 272 + (AC: symbol, DC: 256 + size); its low four
@@ -40,6 +42,7 @@ constexpr uint32_t kZeroRun = 0xF0;  // ZRL: sixteen zeros
 constexpr uint32_t kEndOfBlock = 0x00;
 
 GPUFGBG_HD int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+GPUFGBG_HD int32_t within(int32_t v, int32_t low, int32_t high) { return v < low ? low : v > high ? high : v; }
 GPUFGBG_HD int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 // How many bits of v are 0 above the highest that is 1: 32 for 0.
@@ -276,6 +279,130 @@ GPUFGBG_HD int32_t quantise(int32_t value, const Divisor& by) {
     const int32_t quotient = (int32_t)(((uint64_t)numerator * by.reciprocal) >> 32);
 #endif
     return value < 0 ? -quotient : quotient;
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// Reconstruction: what libjpeg-turbo's decoder makes of a file, with its default options
+//
+// T.81 leaves a decoder's arithmetic open but for an accuracy; these are libjpeg-turbo's choices (jidctint.c,
+// jdsample.c, jdmainct.c, jdcolor.c), which its C and SIMD code give alike, but for one place: see limited().
+
+// The coefficient that a decoder gets: half is four steps.
+GPUFGBG_HD int32_t dequantise(int32_t level, const Divisor& by) { return level * (int32_t)(by.half / 4u); }
+
+// In-place inverse of dct8, without its scale: columns first, coefficients give results times 4 * sqrt(8); then rows,
+// which give samples less 128. Nothing is rounded before the last shift here either. Results of the columns fit 16
+// bits whatever the picture: a block's coefficients have at most the norm 8 * 128 of its samples, what quantising
+// adds to the eight of a column at most 127.5 * sqrt(8), and (1024 + 361) * 4 * sqrt(8) < 2^14; in the same way no
+// sum of the two passes leaves 32 bits, and none that SIMD code makes of two numbers leaves 16.
+template <bool Columns>
+GPUFGBG_HD void idct8(int32_t (&d)[kSide]) {
+    constexpr int kShift = Columns ? kConstantBits - kPass1Bits : kConstantBits + kPass1Bits + 3;
+    constexpr int32_t kHalf = 1 << (kShift - 1);
+    const int32_t sum = (d[0] + d[4]) * (1 << kConstantBits) + kHalf;
+    const int32_t difference = (d[0] - d[4]) * (1 << kConstantBits) + kHalf;
+    const int32_t outer = d[2] * (k0541 + k0765) + d[6] * k0541;
+    const int32_t inner = d[2] * k0541 + d[6] * (k0541 - k1847);
+    const int32_t even0 = sum + outer, even1 = difference + inner, even2 = difference - inner, even3 = sum - outer;
+
+    const int32_t a = d[7], b = d[5], c = d[3], e = d[1];
+    const int32_t odd3 = a * (k0298 - k0899 - k1961 + k1175) + b * k1175 + c * (k1175 - k1961) + e * (k1175 - k0899);
+    const int32_t odd2 = a * k1175 + b * (k2053 - k2562 - k0390 + k1175) + c * (k1175 - k2562) + e * (k1175 - k0390);
+    const int32_t odd1 = a * (k1175 - k1961) + b * (k1175 - k2562) + c * (k3072 - k2562 - k1961 + k1175) + e * k1175;
+    const int32_t odd0 = a * (k1175 - k0899) + b * (k1175 - k0390) + c * k1175 + e * (k1501 - k0899 - k0390 + k1175);
+
+    d[0] = (even0 + odd0) >> kShift;
+    d[1] = (even1 + odd1) >> kShift;
+    d[2] = (even2 + odd2) >> kShift;
+    d[3] = (even3 + odd3) >> kShift;
+    d[4] = (even3 - odd3) >> kShift;
+    d[5] = (even2 - odd2) >> kShift;
+    d[6] = (even1 - odd1) >> kShift;
+    d[7] = (even0 - odd0) >> kShift;
+}
+
+// The sample, from what the inverse DCT gives. libjpeg-turbo's SIMD code (x86-64, Arm) saturates, as here; its C code
+// takes the value modulo 1024, which is the same below 512 either way. Only contrived pictures get beyond: the
+// quantiser must move a sample by 384 at least.
+GPUFGBG_HD uint32_t limited(int32_t value) { return (uint32_t)within(value + 128, 0, 255); }
+
+// Where the samples of a component are in the scratch of a picture: its planes one after the other, each of whole
+// blocks.
+struct Plane {
+    int64_t start;          // of its first sample
+    int32_t stride;         // a multiple of 8, and so is the number of rows that there is room for
+    int32_t columns, rows;  // samples that count; those after them are padding
+};
+
+GPUFGBG_HD int64_t plane_bytes(int32_t width, int32_t height, int32_t h, int32_t v) {
+    return (int64_t)ceil_div(width, kSide * h) * ceil_div(height, kSide * v) * kBlock;
+}
+
+// h, v: pixels that make a chroma sample, across and down.
+GPUFGBG_HD Plane plane_of(int component, int32_t width, int32_t height, int32_t h, int32_t v) {
+    if (component == 0) return {0, kSide * ceil_div(width, kSide), width, height};
+    const int64_t start = plane_bytes(width, height, 1, 1) + (component - 1) * plane_bytes(width, height, h, v);
+    return {start, kSide * ceil_div(width, kSide * h), ceil_div(width, h), ceil_div(height, v)};
+}
+
+GPUFGBG_HD int64_t all_planes_bytes(int32_t width, int32_t height, int32_t h, int32_t v) {
+    return plane_bytes(width, height, 1, 1) + 2 * plane_bytes(width, height, h, v);
+}
+
+// Eight samples from an address that is a multiple of 8.
+GPUFGBG_HD void load_eight(const uint8_t* at, uint32_t (&sample)[kSide]) {
+#if defined(__CUDA_ARCH__)
+    const uint2 words = *(const uint2*)at;
+    GPUFGBG_UNROLL
+    for (int i = 0; i < kSide; ++i) sample[i] = (i < 4 ? words.x : words.y) >> (8 * (i % 4)) & 255u;
+#else
+    for (int i = 0; i < kSide; ++i) sample[i] = at[i];
+#endif
+}
+
+// A component's samples for the eight pixels from (x, y) on, x a multiple of 8, those outside the picture being
+// whatever. H, V: pixels that make a sample, across and down: 1, 1 or 2, 1 or 2, 2.
+// A pixel's sample is 3/4 of the nearest one and 1/4 of the next nearest, across and down alike; halves are rounded
+// down and up in turn. Past an edge the edge repeats, which is why the outermost pixels need no rule of their own. In
+// planes of one or two columns the decoder repeats the nearest sample instead, across and down.
+template <int H, int V>
+GPUFGBG_HD void upsample_eight(const uint8_t* planes, const Plane& plane, int32_t x, int32_t y,
+                               uint32_t (&sample)[kSide]) {
+    static_assert(H * V == 1 || H == 2, "no other upsampling");
+    const uint8_t* near = planes + plane.start + (int64_t)(y / V) * plane.stride;
+    if constexpr (H == 1) {
+        load_eight(near + x, sample);
+        return;
+    }
+    const int32_t first = x / 2, last = plane.columns - 1;
+    if (plane.columns <= 2) {
+        GPUFGBG_UNROLL
+        for (int i = 0; i < kSide; ++i) sample[i] = near[least(first + i / 2, last)];
+        return;
+    }
+    const int32_t far_row = within(y / V + (y % V ? 1 : -1), 0, plane.rows - 1);
+    const uint8_t* far = planes + plane.start + (int64_t)far_row * plane.stride;
+    uint32_t column[kSide / 2 + 2];  // the four of these pixels and one beside them on each side
+    GPUFGBG_UNROLL
+    for (int i = 0; i < kSide / 2 + 2; ++i) {
+        const int32_t at = within(first + i - 1, 0, last);
+        column[i] = V == 1 ? near[at] : 3u * near[at] + far[at];
+    }
+    GPUFGBG_UNROLL
+    for (int i = 0; i < kSide; ++i) {
+        const uint32_t odd = (uint32_t)i % 2u, sum = 3u * column[1 + i / 2] + column[odd ? 2 + i / 2 : i / 2];
+        sample[i] = V == 1 ? (sum + 1u + odd) >> 2 : (sum + 8u - odd) >> 4;
+    }
+}
+
+// The packed pixel of Y, Cb, Cr: JFIF's matrix in 16-bit fixed point, each product rounded for itself but for green,
+// whose two are rounded as one.
+GPUFGBG_HD uint32_t to_rgb(uint32_t luma, uint32_t blue_chroma, uint32_t red_chroma) {
+    const int32_t y = (int32_t)luma, cb = (int32_t)blue_chroma - 128, cr = (int32_t)red_chroma - 128;
+    const int32_t red = y + ((91881 * cr + 32768) >> 16);
+    const int32_t green = y + ((-22554 * cb - 46802 * cr + 32768) >> 16);
+    const int32_t blue = y + ((116130 * cb + 32768) >> 16);
+    return pack_pixel((uint32_t)within(red, 0, 255), (uint32_t)within(green, 0, 255), (uint32_t)within(blue, 0, 255));
 }
 
 // -------------------------------------------------------------------------------------------------------------------

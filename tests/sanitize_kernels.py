@@ -37,8 +37,9 @@ def main() -> int:
             for quality, optimize in ((65, True), (95, False)):
                 given = np.ascontiguousarray(batch[..., 0]) if subsampling == "grey" else batch
                 mode = "420" if subsampling == "grey" else subsampling
-                files = [list(JpegEncoder(quality, mode, optimize, d).encode(given)) for d in ("cpu", "cuda")]
-                assert files[0] == files[1], (width, height, subsampling, quality)
+                cpu, gpu = (JpegEncoder(quality, mode, optimize, device) for device in ("cpu", "cuda"))
+                assert list(gpu.encode(given)) == list(cpu.encode(given)), (width, height, subsampling, quality)
+                assert (gpu.reconstruct(given).get() == cpu.reconstruct(given)).all(), (width, height, subsampling)
         assert cuda.moments(batch) == Moments.of(batch)
         assert cuda.moments(np.ascontiguousarray(batch[..., 0])) == Moments.of(batch[..., 0])
     print("all kernels ran, results equal the CPU's")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pytest
 from conftest import cutout, smooth, start
 from PIL import Image, ImageFile
 
-from gpufgbg import Assets, Compositor, DeviceError, JpegEncoder, Moments, Recipe, generate
+from gpufgbg import Assets, Compositor, DeviceError, InputError, JpegEncoder, Moments, Recipe, generate
 from gpufgbg.backends import cuda
 
 pytestmark = pytest.mark.skipif(cuda.count_devices() == 0, reason=f"no CUDA device: {cuda.why_not()}")
@@ -67,19 +68,20 @@ def test_two_streams_at_once():
     assets, recipe = made(224, 224), Recipe(foreground_height=1, per_pair=20)
     cpu, gpu = (Compositor(assets, recipe, device) for device in ("cpu", "cuda"))
     expected = cpu.render(range(len(cpu)))
-    encoder = JpegEncoder(65, "420", True, "cuda")
-    reference = list(JpegEncoder(65, "420", True, "cpu").encode(expected.image))
+    encoder, on_cpu = (JpegEncoder(65, "420", True, device) for device in ("cuda", "cpu"))
+    reference, pixels = list(on_cpu.encode(expected.image)), on_cpu.reconstruct(expected.image)
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
     for _ in range(3):
         results = []
         for part, stream in enumerate(streams):
             with stream:
                 batch = gpu.render(range(part, len(cpu), 2))
-                results.append((batch, encoder.encode(batch.image)))
-        for part, (batch, files) in enumerate(results):
+                results.append((batch, encoder.reconstruct(batch.image), encoder.encode(batch.image)))
+        for part, (batch, seen, files) in enumerate(results):
             streams[part].synchronize()
             np.testing.assert_array_equal(batch.image.get(), expected.image[part::2])
             assert list(files) == reference[part::2]
+            np.testing.assert_array_equal(seen.get(), pixels[part::2])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -105,11 +107,14 @@ def pictures(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def check(batch: np.ndarray, quality: int, subsampling: str, optimize: bool) -> None:
-    found = list(JpegEncoder(quality, subsampling, optimize, "cuda").encode(batch))
+    encoder = JpegEncoder(quality, subsampling, optimize, "cuda")
+    found, pixels = list(encoder.encode(batch)), encoder.reconstruct(batch).get()
     for n, file in enumerate(found):
         expected = oracle.jpeg(Image.fromarray(batch[n]), quality, subsampling, optimize)
-        assert file == expected, (n, batch.shape, quality, subsampling, optimize)
-    assert len(found) == len(batch)
+        case = (n, batch.shape, quality, subsampling, optimize)
+        assert file == expected, case
+        np.testing.assert_array_equal(pixels[n], Image.open(io.BytesIO(expected)), err_msg=str(case))
+    assert len(found) == len(batch) == len(pixels)
 
 
 @pytest.fixture
@@ -153,8 +158,31 @@ def test_encodes_thousands_at_once():
     rng = np.random.default_rng(3)
     batch = np.stack([smooth(rng, 32, 24, 3) for _ in range(50)])
     many = np.tile(batch, (100, 1, 1, 1))
-    expected = list(JpegEncoder(65, "420", True, "cpu").encode(batch))
-    assert list(JpegEncoder(65, "420", True, "cuda").encode(many)) == expected * 100
+    cpu, gpu = (JpegEncoder(65, "420", True, device) for device in ("cpu", "cuda"))
+    assert list(gpu.encode(many)) == list(cpu.encode(batch)) * 100
+    np.testing.assert_array_equal(gpu.reconstruct(many).get(), np.tile(cpu.reconstruct(batch), (100, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "grey"])
+@pytest.mark.parametrize("off", [0, 1, 4, 8])
+def test_reconstructs_into_memory_that_is_given(subsampling, off):
+    import cupy
+
+    grey = subsampling == "grey"
+    mode = "420" if grey else subsampling
+    for width in (64, 61):
+        batch = pictures(np.random.default_rng(5), width, 33)
+        batch = np.ascontiguousarray(batch[..., 0]) if grey else batch
+        given = cupy.full(batch.size + 32, 7, np.uint8)
+        out = given[off : off + batch.size].reshape(batch.shape)
+        found = cuda.CudaJpeg(40, mode, True).reconstruct(cupy.asarray(batch), out)
+        assert found is out
+        np.testing.assert_array_equal(out.get(), JpegEncoder(40, mode, True, "cpu").reconstruct(batch))
+        assert (given[:off] == 7).all() and (given[off + batch.size :] == 7).all()
+        with pytest.raises(InputError, match="out: got"):
+            cuda.CudaJpeg(40, mode, True).reconstruct(cupy.asarray(batch), out[:1])
+    empty = cuda.CudaJpeg(40, mode, True).reconstruct(cupy.asarray(batch[:0]))
+    assert empty.shape == batch[:0].shape
 
 
 def test_takes_arrays_of_other_libraries():
@@ -162,13 +190,14 @@ def test_takes_arrays_of_other_libraries():
 
     torch = pytest.importorskip("torch")
     batch = pictures(np.random.default_rng(4), 40, 30)
-    expected = list(JpegEncoder(80, "444", True, "cpu").encode(batch))
-    encoder = JpegEncoder(80, "444", True, "cuda")
+    on_cpu, encoder = (JpegEncoder(80, "444", True, device) for device in ("cpu", "cuda"))
+    expected, pixels = list(on_cpu.encode(batch)), on_cpu.reconstruct(batch)
     tensor = torch.from_numpy(batch).cuda()
     for given in (batch, cupy.asarray(batch), tensor, torch.utils.dlpack.to_dlpack(tensor)):
         given = cupy.from_dlpack(given) if type(given).__name__ == "PyCapsule" else given
         files = encoder.encode(given)
         assert list(files) == expected and files[1] == expected[1] and files[-1] == expected[-1]
+        np.testing.assert_array_equal(encoder.reconstruct(given).get(), pixels)
 
 
 @pytest.mark.parametrize("sink", ["tree", "zip", "tar"])

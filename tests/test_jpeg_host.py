@@ -1,4 +1,7 @@
-"""The JPEG arithmetic of kernels/jpeg.cuh, built for the host: whole files equal Pillow's."""
+"""The JPEG arithmetic of kernels/jpeg.cuh, built for the host.
+
+Whole files equal Pillow's, and the pixels it reconstructs equal those that Pillow decodes from them.
+"""
 
 from __future__ import annotations
 
@@ -58,13 +61,25 @@ def pillow(pixels, mode, quality, optimize):
     return file.getvalue()
 
 
+def decoded(file):
+    return np.asarray(Image.open(io.BytesIO(file)))
+
+
+def reconstruct(library, pixels, mode, quality):
+    pixels = np.ascontiguousarray(pixels)
+    height, width = pixels.shape[:2]
+    out = np.empty_like(pixels)
+    channels, subsampling = 1 if pixels.ndim == 2 else 3, 0 if mode == GREY else mode
+    library.reconstruct(address(pixels), width, height, channels, subsampling, quality, address(out))
+    return out
+
+
 def check(library, pixels, mode, quality, optimize):
     expected = pillow(pixels, mode, quality, optimize)
     got = encode(library, pixels, mode, quality, optimize)
-    assert got == expected, (
-        f"shape {pixels.shape}, mode {mode}, quality {quality}, optimize {optimize}: "
-        f"{len(got)} bytes, Pillow {len(expected)}"
-    )
+    case = f"shape {pixels.shape}, mode {mode}, quality {quality}, optimize {optimize}"
+    assert got == expected, f"{case}: {len(got)} bytes, Pillow {len(expected)}"
+    np.testing.assert_array_equal(reconstruct(library, pixels, mode, quality), decoded(expected), err_msg=case)
     return got
 
 
@@ -119,7 +134,14 @@ def sparse(rng, height, width):
     return picture
 
 
-KINDS = [natural, smooth, noise, extremes, flat, checkerboard, sparse]
+def saturated(rng, height, width):
+    """Patches of colours from the corners of the cube: what is decoded leaves it on all sides."""
+    step = int(rng.integers(2, 25))
+    corners = extremes(rng, -(-height // step), -(-width // step))
+    return np.ascontiguousarray(corners.repeat(step, axis=0).repeat(step, axis=1)[:height, :width])
+
+
+KINDS = [natural, smooth, noise, extremes, flat, checkerboard, sparse, saturated]
 
 
 @pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
@@ -191,6 +213,31 @@ def block_of_one_coefficient(k_natural, coefficient):
     scale = [np.sqrt(0.5) if u == 0 else 1 for u in (row, column)]
     wave = np.outer(np.cos(row * angle) * scale[0], np.cos(column * angle) * scale[1])
     return np.clip(np.rint(128 + coefficient / 4 * wave), 0, 255).astype(np.uint8)
+
+
+def test_sample_far_beyond_the_range(library):
+    # Found by search: at quality 1 the first sample comes out of the inverse DCT as 577 + 128. libjpeg-turbo's SIMD
+    # code saturates; its C code (JSIMD_FORCENONE=1, or a build without SIMD) takes 577 modulo 1024 and makes it 0.
+    block = np.array(
+        [
+            [255, 0, 60, 0, 0, 81, 230, 116],
+            [0, 255, 0, 255, 137, 0, 255, 255],
+            [255, 0, 85, 161, 96, 255, 182, 0],
+            [0, 52, 255, 255, 255, 255, 255, 0],
+            [187, 147, 255, 0, 68, 255, 255, 0],
+            [156, 255, 255, 156, 255, 0, 224, 0],
+            [97, 255, 57, 126, 255, 255, 0, 255],
+            [169, 0, 15, 255, 255, 255, 255, 0],
+        ],
+        np.uint8,
+    )
+    for picture, limit in ((block, 255), (255 - block, 0)):
+        seen = reconstruct(library, picture, GREY, 1)
+        expected = decoded(pillow(picture, GREY, 1, True)).copy()
+        assert seen[0, 0] == limit
+        assert expected[0, 0] in (0, 255)
+        expected[0, 0] = limit
+        np.testing.assert_array_equal(seen, expected)
 
 
 def code_lengths_of(file):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import cutout, smooth
 from test_blend import by_pillow
-from test_jpeg_host import GREY, KINDS, MODE_NAMES, MODES, as_mode, natural, pillow
+from test_jpeg_host import GREY, KINDS, MODE_NAMES, MODES, as_mode, decoded, natural, pillow
 
 from gpufgbg import Assets, Compositor, Moments, Recipe
 
@@ -231,11 +231,26 @@ def encode(library: ctypes.CDLL, pictures: np.ndarray, mode, quality: int, optim
     return [files[offsets[i] : offsets[i + 1]].tobytes() for i in range(n)]
 
 
+def reconstruct(library: ctypes.CDLL, pictures: np.ndarray, mode, quality: int, misalign: int, out: int):
+    pictures = np.ascontiguousarray(pictures)
+    n, height, width = pictures.shape[:3]
+    found = np.zeros_like(pictures)
+    library.run_jpeg_reconstruct(
+        address(pictures), n, width, height, 1 if pictures.ndim == 3 else 3, 0 if mode == GREY else mode, quality,
+        misalign, out, address(found),
+    )  # fmt: skip
+    return found
+
+
 def check_files(library: ctypes.CDLL, pictures: np.ndarray, mode, quality: int, optimize: bool, **options) -> None:
     files = encode(library, pictures, mode, quality, optimize, **options)
-    for i, (file, picture) in enumerate(zip(files, pictures, strict=True)):
+    misalign = options.get("misalign", 0)
+    pixels = reconstruct(library, pictures, mode, quality, misalign, 5 * misalign % 16)
+    for i, (file, picture, seen) in enumerate(zip(files, pictures, pixels, strict=True)):
         expected = pillow(picture, mode, quality, optimize)
-        assert file == expected, f"picture {i} of {pictures.shape}, {mode}, {quality}, {optimize}, {options}"
+        case = f"picture {i} of {pictures.shape}, {mode}, {quality}, {optimize}, {options}"
+        assert file == expected, case
+        np.testing.assert_array_equal(seen, decoded(expected), err_msg=case)
 
 
 @pytest.mark.parametrize("optimize", [False, True], ids=["standard", "optimal"])
@@ -249,6 +264,19 @@ def test_files_equal_pillow(library, mode, optimize):
         pictures = [as_mode(KINDS[int(rng.integers(len(KINDS)))](rng, height, width), mode) for _ in range(3)]
         quality = (65, 95, 100, int(rng.integers(1, 60)))[case]
         check_files(library, np.stack(pictures), mode, quality, optimize, misalign=case)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
+def test_what_a_decoder_gets_at_every_remainder_of_the_size(library, mode):
+    rng = np.random.default_rng(9)
+    sizes = [(w, h) for w in (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 18, 31, 32, 33) for h in (1, 2, 3, 16, 17, 18)]
+    for width, height in sizes:
+        pictures = np.stack([as_mode(kind(rng, height, width), mode) for kind in KINDS])
+        quality, off = int(rng.integers(1, 101)), (int(rng.choice([0, 4, 8, 3])), int(rng.choice([0, 4, 8, 3])))
+        found = reconstruct(library, pictures, mode, quality, *off)
+        for picture, seen in zip(pictures, found, strict=True):
+            expected = decoded(pillow(picture, mode, quality, False))
+            np.testing.assert_array_equal(seen, expected, err_msg=f"{width}x{height}, {quality}, {off}")
 
 
 @pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)

@@ -1,1 +1,3 @@
 """Depth maps: a monocular network over the composites."""
+
+__all__: list[str] = []

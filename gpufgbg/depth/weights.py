@@ -7,7 +7,7 @@ arXiv 1812.11941; every tensor's presence and shape is checked against it.
 
 The activations, which the tensors don't show, are read from the list of layers: the published files have a leaky
 ReLU behind each block's convB only, while ``model.py`` of the DenseDepth repository makes one behind convA too
-(its issue #130).
+(its issue #130). A file that lists no layers without weights is taken for model.py's.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _read(path: Path, digest: str) -> DenseDepthWeights:
         with h5py.File(path, "r") as file:
             layer_names, found = _stored(file)
             _check_layers(found)
-            after_a, slope = _activations(_layers(file, layer_names))
+            after_a, slope = _activations(_layers(file, layer_names), {name.rpartition("/")[0] for name in found})
             shapes = _shapes(found)
             _check_shapes(found, shapes)
             tensors = {name: _tensor(name, found[name]) for name in shapes}
@@ -422,9 +422,14 @@ def _configured(layer: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
         yield str(layer.get("name") or options.get("name")), str(layer.get("class_name")), options
 
 
-def _activations(layers: list[tuple[str, str, dict[str, Any]]]) -> tuple[bool, float]:
-    """Whether a leaky ReLU follows each convA, and the leaky ReLUs' slope."""
+def _activations(layers: list[tuple[str, str, dict[str, Any]]], weighted: set[str]) -> tuple[bool, float]:
+    """Whether a leaky ReLU follows each convA, and the leaky ReLUs' slope.
+
+    A file that lists nothing but the layers that hold weights does not tell: then it is taken for what model.py builds.
+    """
     names = [name for name, _, _ in layers]
+    if weighted.issuperset(names):
+        return True, _LEAK
     if not any("leaky" in f"{name} {kind}".lower() for name, kind, _ in layers):
         raise _Unusable(
             "it lists no leaky ReLU, so the decoder's activations are unknown: save the model by model.save('it.h5')"

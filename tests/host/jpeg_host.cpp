@@ -1,7 +1,8 @@
-// A plain, single-threaded JPEG encoder made of the functions in kernels/jpeg.cuh, for machines without a GPU.
+// A plain, single-threaded JPEG encoder made of the functions in kernels/jpeg.cuh, for machines without a GPU; and
+// the pixels that a decoder makes of its files, without the files.
 //
 // Purpose: judge the arithmetic that the GPU encoder shares. tests/test_jpeg_host.py builds this file with the host's
-// compiler, loads it with ctypes and compares whole files with Pillow's.
+// compiler, loads it with ctypes and compares whole files with Pillow's, and the pixels with what Pillow decodes.
 #include <stddef.h>
 #include <string.h>
 
@@ -31,6 +32,41 @@ void transform(const Sample& sample, const Divisor* divisors, int32_t (&coeffici
             quantised[row * kSide + column] = quantise(line[row], divisors[row * kSide + column]);
     }
     for (int k = 0; k < kBlock; ++k) coefficients[k] = quantised[zigzag(k)];
+}
+
+// The decoded samples of such a block, its first one at `to`.
+void inverse_transform(const int32_t (&coefficients)[kBlock], const Divisor* divisors, uint8_t* to, int32_t stride) {
+    int32_t grid[kSide][kSide];
+    for (int k = 0; k < kBlock; ++k) {
+        const int natural = zigzag(k);
+        grid[natural / kSide][natural % kSide] = dequantise(coefficients[k], divisors[natural]);
+    }
+    for (int column = 0; column < kSide; ++column) {
+        int32_t line[kSide];
+        for (int row = 0; row < kSide; ++row) line[row] = grid[row][column];
+        idct8<true>(line);
+        for (int row = 0; row < kSide; ++row) grid[row][column] = line[row];
+    }
+    for (int row = 0; row < kSide; ++row) {
+        idct8<false>(grid[row]);
+        for (int column = 0; column < kSide; ++column)
+            to[(size_t)row * stride + column] = (uint8_t)limited(grid[row][column]);
+    }
+}
+
+template <int H, int V>
+void upsample(const uint8_t* planes, int32_t width, int32_t height, uint8_t* out) {
+    for (int32_t y = 0; y < height; ++y)
+        for (int32_t x = 0; x < width; x += kSide) {
+            uint32_t luma[kSide], blue[kSide], red[kSide];
+            upsample_eight<1, 1>(planes, plane_of(0, width, height, H, V), x, y, luma);
+            upsample_eight<H, V>(planes, plane_of(1, width, height, H, V), x, y, blue);
+            upsample_eight<H, V>(planes, plane_of(2, width, height, H, V), x, y, red);
+            for (int i = 0; i < kSide && x + i < width; ++i) {
+                const uint32_t pixel = to_rgb(luma[i], blue[i], red[i]);
+                for (int c = 0; c < 3; ++c) *out++ = (uint8_t)(pixel >> (8 * c));
+            }
+        }
 }
 
 struct Scan {
@@ -146,6 +182,40 @@ extern "C" int64_t encode(const uint8_t* pixels, int32_t width, int32_t height, 
     const int64_t size = (int64_t)file.size();
     memcpy(out, file.data(), (size_t)(size < capacity ? size : capacity));
     return size;
+}
+
+// What a decoder makes of encode()'s file: pixels (height, width, channels) -> out (height, width, channels)
+extern "C" void reconstruct(const uint8_t* pixels, int32_t width, int32_t height, int32_t channels,
+                            int32_t subsampling, int32_t quality, uint8_t* out) {
+    const Frame frame = make_frame(width, height, channels, subsampling);
+    std::vector<uint8_t> planes((size_t)all_planes_bytes(width, height, frame.h, frame.v));
+    for (int component = 0; component < channels; ++component) {
+        Divisor divisors[kBlock];
+        for (int i = 0; i < kBlock; ++i) divisors[i] = make_divisor(quantum(component ? 1 : 0, i, quality));
+        const int32_t h = component ? frame.h : 1, v = component ? frame.v : 1;
+        const Conversion to = conversion(component);
+        const Plane plane = plane_of(component, width, height, frame.h, frame.v);
+        for (int32_t y = 0; y < plane.rows; y += kSide)
+            for (int32_t x = 0; x < plane.columns; x += kSide) {
+                int32_t coefficients[kBlock];
+                transform(
+                    [&](int column, int row) {
+                        return channels == 1 ? grey_sample(pixels, width, height, x + column, y + row)
+                                             : component_sample(pixels, width, height, to, h, v, x + column, y + row);
+                    },
+                    divisors, coefficients);
+                inverse_transform(coefficients, divisors, planes.data() + plane.start + (size_t)y * plane.stride + x,
+                                  plane.stride);
+            }
+    }
+    if (channels == 1) {
+        const int32_t stride = plane_of(0, width, height, 1, 1).stride;
+        for (int32_t y = 0; y < height; ++y)
+            memcpy(out + (size_t)y * width, planes.data() + (size_t)y * stride, (size_t)width);
+    } else {
+        const auto to_pixels = subsampling == 0 ? upsample<1, 1> : subsampling == 1 ? upsample<2, 1> : upsample<2, 2>;
+        to_pixels(planes.data(), width, height, out);
+    }
 }
 
 // histogram (n_symbols) uint32; lengths (17) uint8, [0] the number of symbols; symbols (192) uint8, in order of code;

@@ -150,4 +150,40 @@ void run_jpeg(const uint8_t* pixels, int32_t n, int32_t width, int32_t height, i
     std::copy((uint8_t*)files, files + capacity, files_out);
     std::copy((int64_t*)offsets, offsets + n + 1, offsets_out);
 }
+
+// The pixels that a decoder gets: pixels and out (n, height, width, channels). misalign, misalign_out: bytes by which
+// the kernels' are off an aligned address, below 16.
+void run_jpeg_reconstruct(const uint8_t* pixels, int32_t n, int32_t width, int32_t height, int32_t channels,
+                          int32_t subsampling, int32_t quality, int32_t misalign, int32_t misalign_out,
+                          uint8_t* out) {
+    using namespace gpufgbg::jpeg;
+    const bool grey = channels == 1;
+    const int32_t h = grey || subsampling == 0 ? 1 : 2, v = !grey && subsampling == 2 ? 2 : 1;
+    const int64_t luma_blocks = (int64_t)ceil_div(width, 8) * ceil_div(height, 8);
+    const int64_t chroma_blocks = grey ? 0 : (int64_t)ceil_div(width, 8 * h) * ceil_div(height, 8 * v);
+    const int64_t blocks = n * (luma_blocks + 2 * chroma_blocks), groups = (int64_t)n * height * ceil_div(width, 8);
+    const size_t pixel_bytes = (size_t)n * width * height * channels;
+
+    Guarded<uint8_t> memory("pixels", pixel_bytes + 16), setup_memory("setup", 4096);
+    Guarded<uint8_t> planes("planes", (size_t)(grey ? 0 : 64 * blocks)), result("out", pixel_bytes + misalign_out);
+    jpeg_cu::Setup* setup = (jpeg_cu::Setup*)(uint8_t*)setup_memory;
+    uint8_t *from = memory + misalign, *to = result + misalign_out;
+    std::copy(pixels, pixels + pixel_bytes, from);
+    const std::vector<uint8_t> before((uint8_t*)result, to);
+
+    const auto reconstruct = grey               ? jpeg_cu::jpeg_reconstruct_grey
+                             : subsampling == 0 ? jpeg_cu::jpeg_reconstruct_444
+                             : subsampling == 1 ? jpeg_cu::jpeg_reconstruct_422
+                                                : jpeg_cu::jpeg_reconstruct_420;
+    const auto upsample = subsampling == 0   ? jpeg_cu::jpeg_upsample_444
+                          : subsampling == 1 ? jpeg_cu::jpeg_upsample_422
+                                             : jpeg_cu::jpeg_upsample_420;
+    emulator::launch(1, 1, 32, [&] { jpeg_cu::jpeg_setup(width, height, channels, subsampling, quality, setup); });
+    emulator::launch((unsigned)((blocks + 127) / 128), 1, 128,
+                     [&] { reconstruct(from, n, width, height, setup, grey ? to : planes); });
+    if (!grey)
+        emulator::launch((unsigned)((groups + 127) / 128), 1, 128, [&] { upsample(planes, n, width, height, to); });
+    if (!std::equal(before.begin(), before.end(), (uint8_t*)result)) emulator::fail("written before out");
+    std::copy(to, to + pixel_bytes, out);
+}
 }
