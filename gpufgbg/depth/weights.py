@@ -425,7 +425,7 @@ def _configured(layer: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
 def _activations(layers: list[tuple[str, str, dict[str, Any]]], weighted: set[str]) -> tuple[bool, float]:
     """Whether a leaky ReLU follows each convA, and the leaky ReLUs' slope.
 
-    A file that lists nothing but the layers that hold weights does not tell: then it is taken for what model.py builds.
+    A file that lists nothing but layers that hold weights does not tell: then it is taken for what model.py builds.
     """
     names = [name for name, _, _ in layers]
     if weighted.issuperset(names):
