@@ -452,8 +452,10 @@ def _depth(options: argparse.Namespace) -> int:
     depth = _depth_options(options)
     assert depth is not None
     tell = None if options.json else _tell
+    if not options.target:
+        raise OptionError("DATASET|FOLDER|build", "got an empty name, expected a folder")
     if options.target == "build":
-        if options.out:
+        if options.out is not None:
             raise OptionError("out", "is for a folder of pictures; build keeps the engine in the cache folder")
         engine = build_engine(depth, options.frame, options.device, tell)
         if options.json:
@@ -463,7 +465,7 @@ def _depth(options: argparse.Namespace) -> int:
             print(f"{engine['version']} engine for {engine['device']}, {engine['batch']} pictures at a time: {state}")
         return 0
     if Manifest(Path(options.target)).file.is_file():
-        if options.out:
+        if options.out is not None:
             raise OptionError("out", f"{printable(options.target)} is a data set of ours: its depth maps go into it")
         with _progress("samples", quiet=options.json) as progress:
             report = add_depth(

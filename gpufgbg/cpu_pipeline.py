@@ -130,17 +130,19 @@ class CpuPipeline:
         files = {"composite": backend.encode(composites), "composite_mask": backend.encode(masks)}
         ranges = None
         if self.depth is not None:
-            files["depth"], ranges, moments["depth"] = self._depth(composites, files["composite"])
+            files["depth"], ranges, moments["depth"] = self._depth(
+                composites, files["composite"], shard.shard.start + batch.start
+            )
         samples = shard.samples(batch, files, ranges)
         return samples, self.sink.pack(samples, shard.folder), moments
 
     def _depth(
-        self, composites: npt.NDArray[np.uint8], saved: list[bytes]
+        self, composites: npt.NDArray[np.uint8], saved: list[bytes], first: int
     ) -> tuple[list[bytes], npt.NDArray[np.float32], Moments]:
-        """Depth maps of a batch as files, their ranges and their moments."""
+        """Depth maps of samples ``first`` and on as files, their ranges and their moments."""
         assert self.depth is not None
         if self.depth.options.input == "saved":
             composites = decode_jpeg(saved)
         maps = self.depth.maps(composites)
-        self.depth.check(maps.faults)
+        self.depth.check(maps.faults, first)
         return encode_jpeg(maps.grey, *DEPTH_JPEG), maps.range, count(maps.grey)

@@ -308,9 +308,12 @@ class Manifest:
             piece = Shard.from_name(path.stem)
             if piece not in whole and any(w.start <= piece.start and piece.stop <= w.stop for w in whole):
                 stale.append(path)
+        for path in self._depth.glob("*.f32"):  # also those of pieces that were never recorded
+            piece = Shard.from_name(path.stem)
+            if piece not in whole and any(w.start <= piece.start and piece.stop <= w.stop for w in whole):
+                path.unlink()
         for path in stale:
             path.unlink()
-            (self._depth / f"{path.stem}.f32").unlink(missing_ok=True)
         if stale:
             fsync_folder(folder)
 

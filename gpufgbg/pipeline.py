@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +149,7 @@ def generate(
         raise OptionError("sink", f"got {sink!r}, expected one of {', '.join(sinks.SINKS)}")
     if batch_size is not None and (not isinstance(batch_size, int) or not 1 <= batch_size <= 65536):
         raise OptionError("batch_size", f"got {batch_size!r}, expected 1 to 65536")
-    options = None if depth is None else _depth_options(depth)
+    options = None if depth is None else DepthOptions.of(depth)
     sources = find_sources(backgrounds, foregrounds, masks)
     if not os.fspath(out):
         raise OptionError("out", "got an empty name, expected the data set's folder")
@@ -181,7 +181,7 @@ def generate(
                 _check_same(manifest, theirs, described, source_sums)
             return theirs
 
-        return run.make(compositor, sink, begin, lambda done: missing(wanted, done), wanted)
+        return run.make(compositor, sink, begin, wanted)
 
 
 def add_depth(
@@ -220,13 +220,16 @@ def add_depth(
     """
     workers = check_workers(workers)
     check_device(device)
-    options = _depth_options(depth)
+    options = DepthOptions.of(depth)
     manifest, content, recipe = open_dataset(path)
     run = _Run(manifest, device, workers, batch_size, progress, tell)
     with run.guarded():
-        described = {**content, "depth": run.open_network(options, recipe)}
-        if content.get("depth") is not None:
-            _check_same(manifest, content, described, {})
+        if not manifest.records():
+            raise DatasetError(
+                f"{printable(manifest.out)}: has no samples yet: make them with gpufgbg generate --depth"
+            )
+        described = run.open_network(options, recipe)
+        _check_same_depth(manifest, content, described)
         assets = load_assets(manifest.out, content)
         run.lap("read, check and prepare the pictures")
         compositor = run.load(assets, recipe)
@@ -234,28 +237,13 @@ def add_depth(
         def begin() -> dict[str, Any]:
             theirs = manifest.read()
             assert theirs is not None
+            _check_same_depth(manifest, theirs, described)
             if theirs.get("depth") is None:
-                theirs.update(depth=described["depth"], complete=False)
+                theirs.update(depth=described, complete=False)
                 manifest.write(theirs)
             return theirs
 
-        records = [record.shard for record in manifest.records()]
-        if not records:
-            raise DatasetError(
-                f"{printable(manifest.out)}: has no samples yet: make them with gpufgbg generate --depth"
-            )
-        whole = Shard(0, len(compositor))
-        return run.make(
-            compositor,
-            content["sink"],
-            begin,
-            lambda done: [shard for shard in records if shard not in done],
-            whole,
-        )
-
-
-def _depth_options(depth: str | os.PathLike[str] | DepthOptions) -> DepthOptions:
-    return depth if isinstance(depth, DepthOptions) else DepthOptions(os.fspath(depth))
+        return run.make(compositor, content["sink"], begin, None)
 
 
 class _Run:
@@ -280,7 +268,7 @@ class _Run:
         self._start = self._mark = time.perf_counter()
         self._options: DepthOptions | None = None
         self._network: NetworkSource | None = None
-        self._wanted: Shard | None = None
+        self._scope: list[Shard] = []
 
     def lap(self, phase: str) -> None:
         """A phase has ended."""
@@ -292,15 +280,33 @@ class _Run:
         return storage_errors(self.manifest.out, self._safe)
 
     def _safe(self) -> str:
-        if self._wanted is None or not self.manifest.started:
+        if not self._scope or not self.manifest.started:
             return ""
-        there = len(self._wanted) - sum(len(gap) for gap in missing(self._wanted, self._done()))
-        return f"{there:,} of {len(self._wanted):,} samples are safe; "
+        done = [record.shard for record in self.manifest.records() if self._is_whole(record)]
+        total = _count(self._scope)
+        there = total - sum(_count(missing(part, done)) for part in self._scope)
+        return f"{there:,} of {total:,} samples are safe; "
 
-    def _done(self) -> list[Shard]:
-        """Shards that are committed with all that this run makes."""
+    def _is_whole(self, record: ShardRecord) -> bool:
+        """Whether a committed shard has all that this run makes."""
+        return self._options is None or "depth" in record.moments
+
+    def _gaps(self, wanted: Shard | None) -> list[Shard]:
+        """What is to be made of ``wanted``, or, for None, of the samples that there are; sets the run's scope.
+
+        A shard that lacks depth maps is made again as it is, even where ``wanted`` cuts through it, so that its new
+        files take the place of the old ones.
+        """
         records = self.manifest.records()
-        return [record.shard for record in records if self._options is None or "depth" in record.moments]
+        lacking = [record.shard for record in records if not self._is_whole(record)]
+        there = [record.shard for record in records]
+        if wanted is None:
+            self._scope = merged(there)
+            return lacking
+        lacking = [shard for shard in lacking if shard.start < wanted.stop and wanted.start < shard.stop]
+        parts = sorted([wanted, *lacking])
+        self._scope = [Shard(parts[0].start, max(part.stop for part in parts))]
+        return sorted([*missing(wanted, there), *lacking])
 
     def open_network(self, options: DepthOptions, recipe: Recipe) -> dict[str, Any]:
         """Read and check what depth maps are predicted with; returns its description."""
@@ -319,43 +325,38 @@ class _Run:
         compositor: Compositor,
         sink: str,
         begin: Callable[[], dict[str, Any]],
-        gaps_of: Callable[[list[Shard]], list[Shard]],
-        wanted: Shard,
+        wanted: Shard | None,
     ) -> GenerateReport:
-        """Make what is missing of ``wanted``.
+        """Make what is missing of ``wanted``, or, for None, of the samples that there are.
 
-        Parameters
-        ----------
-        begin : callable
-            Gives dataset.json's content, written first if need be; called with the data set's lock held.
-        gaps_of : callable
-            Gives the samples to make, from those that are committed.
+        ``begin`` gives dataset.json's content, written first if need be; it is called with the data set's lock held
+        and the samples claimed.
         """
         manifest, options = self.manifest, self._options
-        self._wanted = wanted
         kinds = SAMPLE_KINDS if options else SAMPLE_KINDS[:-1]
         target = sinks.select(sink, manifest.out, compositor.plan, kinds)
         memory, transferred = {"device": 0, "pinned": 0}, {"files": 0, "other": 0}
         model: DepthModel | None = None
-        if options and gaps_of(self._done()):
+        if options and self._gaps(wanted):
             name = compositor.backend.name
             model = DepthModel(options, compositor.recipe.size, name, 1, self.tell, self._network)
             self.lap("load or build the depth engine")
         with ExitStack() as held:
             with manifest.locked():
+                gaps = self._gaps(wanted)
+                scope = self._scope
+                after = merged(list({*(record.shard for record in manifest.records()), *gaps}))
+                claimed = held.enter_context(manifest.claim(Shard(scope[0].start, scope[-1].stop))) if gaps else None
                 content = begin()
-                done = self._done()
-                gaps = gaps_of(done)
-                claimed = held.enter_context(manifest.claim(wanted)) if gaps else None
                 if gaps and model is not None:
                     _add_engine(manifest, content, model)
             self.lap("write the assets and the first dataset.json")
-            made = sum(len(gap) for gap in gaps)
+            made, total = _count(gaps), _count(scope)
             ahead: LabelJob | None = None
             if claimed is not None:
                 engine = _engine(compositor, target, manifest, self.workers, self.batch_size, model)
-                labels = LabelJob(claimed / "labels", mask_areas(compositor.assets), merged([*done, *gaps]))
-                count = _Count(len(wanted) - made, len(wanted), self.progress)
+                labels = LabelJob(claimed / "labels", mask_areas(compositor.assets), after)
+                count = _Count(total - made, total, self.progress)
                 try:
                     if engine.run(gaps, claimed, count.add, labels):
                         ahead = labels
@@ -390,6 +391,10 @@ class _Run:
             transferred,
             self.timeline,
         )
+
+
+def _count(shards: Iterable[Shard]) -> int:
+    return sum(len(shard) for shard in shards)
 
 
 class _Count:
@@ -446,17 +451,14 @@ def _check_same(
     source_sums: dict[str, list[str]],
 ) -> None:
     """Raise `DatasetError` where the data set at the output path was begun with anything else."""
-    there, here = _flat(content), _flat(described)
-    differences = [
-        f"{name} is {there.get(name)!r} there and {here[name]!r} here"
-        for name in here
-        if there.get(name) != here[name]
-    ]
-    if content.get("depth") is None and described["depth"] is not None and len(differences) == 1:
+    there, here = ({**of["recipe"], "sink": of["sink"]} for of in (content, described))
+    differences = _differences(there, here)
+    if content.get("depth") is None and described["depth"] is not None and not differences:
         raise DatasetError(
             f"--out {printable(manifest.out)}: holds a data set without depth maps: add them with "
             f"gpufgbg depth {printable(manifest.out)} --weights FILE"
         )
+    differences += _depth_differences(content.get("depth"), described["depth"])
     for kind, sums in source_sums.items():
         listed = content["assets"][kind]
         known = [entry["source_sha256"] for entry in listed]
@@ -475,12 +477,40 @@ def _check_same(
         )
 
 
-def _flat(content: dict[str, Any]) -> dict[str, Any]:
-    """What decides a data set's bytes but its pictures and the depth engine, by name."""
-    depth = content.get("depth")
-    if depth is not None:
-        depth = " ".join(f"{name} {value}" for name, value in depth.items() if name != "engines")
-    return {**content["recipe"], "sink": content["sink"], "depth": depth}
+def _check_same_depth(manifest: Manifest, content: dict[str, Any], described: dict[str, Any]) -> None:
+    """Raise `DatasetError` where the data set has depth maps that are not like those described."""
+    if content.get("depth") is None:
+        return
+    differences = _depth_differences(content["depth"], described)
+    if differences:
+        raise DatasetError(
+            f"{printable(manifest.out)}: has depth maps of other weights or options: {'; '.join(differences)}: give "
+            "the same ones to continue"
+        )
+
+
+_FILE = ("weights", "sha256", "engines")  # of depth: what is not an option
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is {there.get(name)!r} there and {value!r} here"
+        for name, value in here.items()
+        if there.get(name) != value
+    ]
+
+
+def _depth_differences(there: dict[str, Any] | None, here: dict[str, Any] | None) -> list[str]:
+    """In what decides depth maps but for the engine; a file of weights may have any name."""
+    if there is None or here is None:
+        states = ("has none" if depth is None else "has depth maps" for depth in (there, here))
+        return [] if there is here else ["it {}, this run {}".format(*states)]
+    shown = ({f"depth_{name}": value for name, value in d.items() if name not in _FILE} for d in (there, here))
+    differences = _differences(*shown)
+    if there["sha256"] != here["sha256"]:
+        names = (f"{d['weights']} ({d['sha256'][:12]})" for d in (there, here))
+        differences.insert(0, "depth weights are {} there and {} here".format(*names))
+    return differences
 
 
 def _add_engine(manifest: Manifest, content: dict[str, Any], model: DepthModel) -> None:
@@ -586,8 +616,12 @@ def _finish(
 ) -> dict[str, Any]:
     """Join what can be joined, write labels and dataset.json, and return its content. Call it with the lock held."""
     plan = compositor.plan
-    if content.get("depth") and any("depth" not in record.moments for record in manifest.records()):
-        return {**content, "complete": False}  # whoever gives the last shards their depth maps finishes
+    theirs = manifest.read() or content
+    if content.get("depth"):
+        content = {**content, "depth": theirs["depth"]}  # other processes may have added their engines
+        with_depth = [record.shard for record in manifest.records() if "depth" in record.moments]
+        if len(with_depth) < len(manifest.records()):  # whoever gives the last shards their depth maps finishes
+            return {**content, "counts": {**content["counts"], "done": _count(with_depth)}, "complete": False}
     records = _join_records(manifest, compositor, sink)
     done = merged([record.shard for record in records])
     count = sum(len(part) for part in done)
@@ -610,7 +644,7 @@ def _finish(
         "statistics": {kind: m.to_dict(summary=True) for kind, m in statistics.items()},
         "shards": [{"start": r.shard.start, "stop": r.shard.stop, "sha256": r.checksum} for r in records],
     }
-    if done and (manifest.read() or {}).get("shards") != latest["shards"]:
+    if done and theirs["shards"] != latest["shards"]:
         if ahead is None or ahead.done != done:  # another process has made samples meanwhile
             ahead = LabelJob(manifest.scratch / "labels", mask_areas(compositor.assets), done)
             ranges = functools.partial(manifest.depth_ranges, records=records) if content.get("depth") else None

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock, Timeout
 
+from gpufgbg.backends import check_device
 from gpufgbg.backends.cpu import encode_jpeg
 from gpufgbg.compositor import check_workers
 from gpufgbg.depth.model import DEPTH_JPEG, DepthModel
 from gpufgbg.depth.options import DepthOptions
 from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, printable
-from gpufgbg.files import storage_errors, write_atomic
-from gpufgbg.pictures import FORMATS, Picture, PictureError, quiet_decoding, raise_all, read_picture
+from gpufgbg.files import remove_tree, storage_errors, sync_file_system, write_atomic
+from gpufgbg.layout import KINDS
+from gpufgbg.pictures import FORMATS, PictureError, quiet_decoding, raise_all, read_picture
+from gpufgbg.recipe import MAX_FRAME
 
 __all__ = ["FolderReport", "build_engine", "predict_folder"]
 
 INDEX = "depth.jsonl"
-_AHEAD = 64  # pictures decoded ahead and kept in memory
+_STATE = ".depth"  # in the folder of maps while a run is at it: its lock, its unfinished file
+_AHEAD_BYTES = 256 << 20  # of decoded pictures, beside those that are worked on
+_COMMIT_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,14 +72,15 @@ def predict_folder(
 
     Each map has its picture's size and is a grey JPEG (quality 75) under the picture's path with the ending ``.jpg``
     (``photo.png`` beside ``photo.jpg`` becomes ``photo.png.jpg``). ``depth.jsonl`` in ``out`` says first what they
-    were predicted with, then for each map: file, picture, width, height, depth_min, depth_max.
+    were predicted with, then for each map: file, picture, sha256 (of the picture), width, height, depth_min,
+    depth_max. Of a folder with ``fg_bg/`` in it, as the original data set is laid out, composites alone are taken.
 
     Parameters
     ----------
     folder : path
     out : path, optional
-        Folder for the maps: new, empty, or one that this very call began before; by default the folder's name with
-        ``_depth`` behind it.
+        Folder for the maps: new, empty, or one that this very call began before, perhaps for fewer pictures; by
+        default beside the folder, under its name with ``_depth`` behind it.
     depth : path, "demo" or DepthOptions
     device : {"auto", "cpu", "cuda", "cuda:N"}
     workers : int, optional
@@ -90,51 +99,45 @@ def predict_folder(
     InputError
         There are no pictures, or some can't be decoded; all of them are named, when the others are done.
     DatasetError
-        ``out`` holds something else, or maps of other weights.
+        ``out`` holds something else, maps of other weights, or maps of pictures that have changed or are gone; or
+        another process is at it.
     OptionError, DeviceError, StorageError, Interrupted
     """
     start = time.perf_counter()
     workers = check_workers(workers)
-    options = depth if isinstance(depth, DepthOptions) else DepthOptions(os.fspath(depth))
+    options = DepthOptions.of(depth)
     root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{printable(root)}: no such folder: expected a data set or a folder of pictures")
-    if out is not None and not os.fspath(out):
-        raise OptionError("out", "got an empty name, expected a folder for the depth maps")
-    target = Path(out) if out is not None else root.with_name(f"{root.resolve().name}_depth")
-    if target.resolve() == root.resolve():
-        raise OptionError("out", f"got {printable(target)}, the folder of the pictures: choose another")
-    pictures = list(_pictures(root, target))
-    if not pictures:
+    if not os.fspath(folder) or not root.is_dir():
+        raise InputError(f"{printable(folder)}: no such folder: expected a data set or a folder of pictures")
+    composites = root / KINDS["composite"]
+    if composites.is_dir():
+        root = composites
+    target = _target(root, out)
+    paths, problems = _pictures(root, target)
+    if not paths:
+        raise_all(problems)
         raise InputError(f"{printable(root)}: no pictures in it: expected {', '.join(sorted(FORMATS))}")
-    problems: list[str] = []
     with storage_errors(target):
-        # The network's input follows from the first picture where the options leave it open.
-        first = next((p for p in map(_read, pictures) if isinstance(p, Picture)), None)
-        if first is None:
-            raise InputError(f"{printable(root)}: none of its {len(pictures)} pictures can be decoded")
-        width, height = (max(16, round(side / 16) * 16) for side in first.image.size)  # DenseDepth takes twice this
-        model = DepthModel(options, (width, height), device, 1, tell)
-        names = _names(root, pictures)
-        index = _Index(target, model.describe() | {"engine": model.engine.description})
-        todo = [path for path in pictures if names[path] not in index.done]
-        count = len(pictures) - len(todo)
-        try:
-            for part, arrays in _decoded(todo, workers, problems):
-                maps = model.predict_each(arrays)
-                files = [encode_jpeg(grey[None], *DEPTH_JPEG)[0] for grey, _ in maps]
-                for path, file, (grey, (near, far)) in zip(part, files, maps, strict=True):
-                    write_atomic(target / names[path], file)
-                    index.add(names[path], path.relative_to(root).as_posix(), grey.shape, near, far)
-                count += len(part)
-                if progress:
-                    progress(count, len(pictures))
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"interrupted: {count:,} of {len(pictures):,} depth maps are safe; the same command continues"
-            ) from None
-        finally:
-            index.close()
+        index = _Index(target, root)
+        index.check(paths, workers)
+        frame = index.frame or _frame(paths)
+        model = DepthModel(options, frame, device, workers, tell)
+        todo = [path for path in paths if path not in index.done]
+        count = len(paths) - len(todo)
+        with index.opened(model, frame), quiet_decoding():
+            try:
+                for part in _decoded(todo, workers, workers if model.index is None else model.batch, problems):
+                    names = [os.fspath(picture.path) for picture in part]
+                    found = model.predict_each([picture.pixels for picture in part], names)
+                    for picture, (grey, depths) in zip(part, found, strict=True):
+                        index.add(picture, encode_jpeg(grey[None], *DEPTH_JPEG)[0], depths)
+                    count += len(part)
+                    if progress:
+                        progress(count, len(paths))
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"interrupted: {count:,} of {len(paths):,} depth maps are safe; the same command continues"
+                ) from None
     raise_all(problems)
     return FolderReport(target, count, len(todo), time.perf_counter() - start)
 
@@ -155,111 +158,288 @@ def build_engine(
     """
     if depth.backend == "onnxruntime":
         raise OptionError("depth_backend", "got 'onnxruntime', which has no engines to build: expected tensorrt")
+    if check_device(device) == "cpu":
+        raise OptionError("device", "got 'cpu', which has no engines to build: expected cuda or cuda:N")
     wanted = "cuda" if device == "auto" else device
     model = DepthModel(depth, frame, wanted, 1, tell)
     return {**model.engine.description, "built": model.engine.built}
 
 
-def _pictures(root: Path, target: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(root):
+# -- the pictures ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    path: Path
+    sha256: str
+    pixels: npt.NDArray[np.uint8]
+
+
+def _target(root: Path, out: str | os.PathLike[str] | None) -> Path:
+    if out is not None and not os.fspath(out):
+        raise OptionError("out", "got an empty name, expected a folder for the depth maps")
+    if out is None:
+        named = root.resolve() if root.name in ("", "..") else root
+        if not named.name:
+            raise OptionError(
+                "out", f"expected a folder for the depth maps: {printable(root)} has no folder beside it"
+            )
+        return named.with_name(f"{named.name}_depth")
+    target = Path(out)
+    if target.resolve() == root.resolve():
+        raise OptionError("out", f"got {printable(target)}, the folder of the pictures: choose another")
+    return target
+
+
+def _pictures(root: Path, target: Path) -> tuple[list[Path], list[str]]:
+    """The pictures below a folder but for those in ``target``, in a fixed order, and what can't be read of it."""
+    paths: list[Path] = []
+    problems: list[str] = []
+
+    def refused(error: OSError) -> None:
+        problems.append(f"{printable(error.filename or root)}: can't be read: {error.strerror}")
+
+    for parent, folders, names in os.walk(root, onerror=refused):
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and Path(parent, name).resolve() != target.resolve()
         )
         for name in sorted(names):
             path = Path(parent, name)
-            if path.suffix.lower() in FORMATS and not name.startswith("."):
-                yield path
+            if path.suffix.lower() not in FORMATS or name.startswith("."):
+                continue
+            if path.exists() and not path.is_file():
+                problems.append(f"{printable(path)}: neither a file nor a folder: remove it")
+            else:
+                paths.append(path)
+    return paths, problems
 
 
-def _names(root: Path, pictures: list[Path]) -> dict[Path, str]:
-    """The map's path for each picture; a name that two pictures would have goes to the first of them."""
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
-    for path in pictures:
-        relative = path.relative_to(root)
-        name = relative.with_suffix(".jpg").as_posix()
-        if name in taken:
-            name = f"{relative.as_posix()}.jpg"
-        taken.add(name)
-        names[path] = name
-    return names
-
-
-def _read(path: Path) -> Picture | str:
+def _decode(path: Path) -> _Decoded | str:
+    """A picture as (H, W, 3) uint8, or what is wrong with it. Call it inside `quiet_decoding`."""
     try:
-        with quiet_decoding():
-            return read_picture(path)
+        picture = read_picture(path)
     except PictureError as error:
         return f"{printable(path)}: {error}"
+    width, height = picture.image.size
+    if max(width, height) > MAX_FRAME:
+        return f"{printable(path)}: {width}x{height}: expected at most {MAX_FRAME:,} pixels a side; scale it down"
+    pixels = np.asarray(picture.image.convert("RGB"))
+    return _Decoded(path, hashlib.sha256(picture.data).hexdigest(), pixels)
 
 
-def _decoded(
-    paths: list[Path], workers: int, problems: list[str]
-) -> Iterator[tuple[list[Path], list[npt.NDArray[np.uint8]]]]:
-    """Groups of pictures, (H, W, 3) uint8 each, decoded while the group before is worked on."""
+def _frame(paths: list[Path]) -> tuple[int, int]:
+    """Width and height, like the first picture's, from which the network's input follows where nothing says it."""
+    problems = []
+    with quiet_decoding():
+        for path in paths:
+            found = _decode(path)
+            if isinstance(found, _Decoded):
+                height, width = (max(16, round(side / 16) * 16) for side in found.pixels.shape[:2])
+                return width, height  # DenseDepth, which wants multiples of 32, takes twice this
+            problems.append(found)
+    raise InputError(*problems)
 
-    def decode(path: Path) -> npt.NDArray[np.uint8] | str:
-        picture = _read(path)
-        return picture if isinstance(picture, str) else np.asarray(picture.image.convert("RGB"))
 
-    groups = iter(paths)
-    with ThreadPoolExecutor(workers, "decode") as pool:
-        ahead: list[tuple[list[Path], Any]] = []
+def _decoded(paths: list[Path], workers: int, size: int, problems: list[str]) -> Iterator[list[_Decoded]]:
+    """Groups of up to ``size`` pictures, decoded while the group before is worked on."""
+    rest = iter(paths)
+    pending: deque[Future[_Decoded | str]] = deque()
+    group: list[_Decoded] = []
+    largest = 1
+    pool = ThreadPoolExecutor(workers, "decode")
+    try:
         while True:
-            group = list(islice(groups, _AHEAD))
-            if group:
-                ahead.append((group, [pool.submit(decode, path) for path in group]))
-            if not ahead:
-                return
-            if len(ahead) < 2 and group:
+            room = max(1, min(size, _AHEAD_BYTES // largest))
+            while len(pending) < max(room, workers) and (path := next(rest, None)) is not None:
+                pending.append(pool.submit(_decode, path))
+            if not pending:
+                break
+            found = pending.popleft().result()
+            if isinstance(found, str):
+                problems.append(found)
                 continue
-            paths_, futures = ahead.pop(0)
-            good, arrays = [], []
-            for path, future in zip(paths_, futures, strict=True):
-                result = future.result()
-                if isinstance(result, str):
-                    problems.append(result)
-                else:
-                    good.append(path)
-                    arrays.append(result)
-            if good:
-                yield good, arrays
+            largest = max(largest, found.pixels.nbytes)
+            group.append(found)
+            if len(group) >= room:
+                yield group
+                group = []
+        if group:
+            yield group
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# -- what is there --------------------------------------------------------------------------------------
 
 
 class _Index:
-    """``depth.jsonl``: its first line says what the maps are predicted with, each other one tells of a map."""
+    """``depth.jsonl``: its first line says what the maps are predicted with, each other one tells of a map.
 
-    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
-        self.done: set[str] = set()
-        path = folder / INDEX
-        head = json.dumps(description, sort_keys=True)
-        if path.is_file():
-            lines = path.read_text("utf-8").split("\n")
-            lines.pop()  # empty, or cut off by a kill
-            if not lines or lines[0] != head:
-                raise DatasetError(
-                    f"--out {printable(folder)}: holds depth maps of other weights, options or another engine "
-                    f"({INDEX}): give the same ones to continue, or choose another folder"
-                )
-            self.done = {json.loads(line)["file"] for line in lines[1:]}
-            self.done = {name for name in self.done if (folder / name).is_file()}
-            write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
-        else:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise DatasetError(
-                    f"--out {printable(folder)}: exists and holds no depth maps of ours: choose another folder"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, f"{head}\n".encode())
-        self._file = path.open("a", encoding="utf-8")
+    Attributes
+    ----------
+    frame : (int, int) or None
+        What the network's input followed from when the maps were begun.
+    done : dict of Path to str
+        The pictures that have maps, and their files.
+    """
 
-    def add(self, name: str, picture: str, shape: tuple[int, ...], near: float, far: float) -> None:
-        line = {
-            "file": name, "picture": picture, "width": shape[1], "height": shape[0],
-            "depth_min": near, "depth_max": far,
-        }  # fmt: skip
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+    def __init__(self, folder: Path, root: Path) -> None:
+        self.folder = folder
+        self.root = root
+        self.path = folder / INDEX
+        self.frame: tuple[int, int] | None = None
+        self.done: dict[Path, str] = {}
+        self._head: dict[str, Any] | None = None
+        self._entries: dict[str, dict[str, Any]] = {}  # by picture
+        self._names: dict[Path, str] = {}
+        self._new: list[dict[str, Any]] = []
+        self._committed = time.monotonic()
+        self._bytes = b""
+        self._file: Any = None
+        if self.path.is_file():
+            self._read()
+        elif not _is_free(folder):
+            raise DatasetError(
+                f"--out {printable(folder)}: exists and holds no depth maps of ours: choose another folder"
+            )
 
-    def close(self) -> None:
-        self._file.close()
+    def _read(self) -> None:
+        self._bytes = self.path.read_bytes()
+        lines = self._bytes.split(b"\n")
+        try:
+            self._head, *entries = [
+                json.loads(line) for line in lines[:-1]
+            ]  # the last is empty, or cut off by a kill
+            self._entries = {entry["picture"]: entry for entry in entries if (self.folder / entry["file"]).is_file()}
+            assert self._head is not None
+            width, height = self._head["frame"]
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise DatasetError(
+                f"--out {printable(self.path)}: damaged or not ours: remove the folder, or choose another"
+            ) from None
+        self.frame = width, height
+
+    def check(self, paths: list[Path], workers: int) -> None:
+        """Raise `DatasetError` where a picture that has a map is gone or another; name the files of all maps."""
+        known = {path: self._entries.get(path.relative_to(self.root).as_posix()) for path in paths}
+        self.done = {path: entry["file"] for path, entry in known.items() if entry}
+        gone = self._entries.keys() - {entry["picture"] for entry in known.values() if entry}
+        if gone:
+            raise DatasetError(
+                f"--out {printable(self.folder)}: holds depth maps of other pictures, for example of "
+                f"{printable(min(gone))}, which is not in {printable(self.root)}: choose another folder"
+            )
+        with ThreadPoolExecutor(workers) as pool:
+            sums = pool.map(_sum, self.done)
+            for path, found in zip(self.done, sums, strict=True):
+                if found != (known[path] or {}).get("sha256"):
+                    raise DatasetError(
+                        f"--out {printable(self.folder)}: {printable(path)} has changed since its depth map was "
+                        f"made: remove {printable(self.done[path])} there to make it again, or choose another folder"
+                    )
+        self._name(paths)
+
+    def _name(self, paths: list[Path]) -> None:
+        """Each map's file; a name that two pictures would have goes to the first of them."""
+        relative = {path: path.relative_to(self.root) for path in paths}
+        taken = {parent.as_posix() for path in relative.values() for parent in path.parents} | {*self.done.values()}
+        for path, name in relative.items():
+            file = self.done.get(path)
+            if file is None:
+                file = name.with_suffix(".jpg").as_posix()
+                if file in taken:
+                    file = f"{name.as_posix()}.jpg"
+                while file in taken:
+                    file += ".jpg"
+                taken.add(file)
+            self._names[path] = file
+
+    @contextmanager
+    def opened(self, model: DepthModel, frame: tuple[int, int]) -> Iterator[None]:
+        """Around the making of maps: begins or continues the folder, alone; what is made is committed at the end.
+
+        Raises
+        ------
+        DatasetError
+            The folder's maps are of another network, or another process is at it.
+        """
+        head = {**model.describe(), "frame": list(frame), "engine": model.engine.description}
+        differences = [
+            f"{name} is {self._head.get(name)!r} there and {value!r} here"
+            for name, value in (head.items() if self._head else ())
+            if name != "weights" and self._head and self._head.get(name) != value  # a file may have any name
+        ]
+        if differences:
+            raise DatasetError(
+                f"--out {printable(self.folder)}: holds depth maps of other weights, options or another engine: "
+                f"{'; '.join(differences)}: give the same ones to continue, or choose another folder"
+            )
+        state = self.folder / _STATE
+        state.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(state / "lock", timeout=0)
+            with lock:
+                if self._bytes != (self.path.read_bytes() if self.path.is_file() else b""):
+                    raise Timeout(str(self.path))
+                self._head = self._head or head
+                self._write()
+                with self.path.open("a", encoding="ascii") as self._file:
+                    try:
+                        yield
+                    finally:
+                        self.commit()
+                        self._write()
+                        remove_tree(state)
+        except Timeout:
+            raise DatasetError(f"--out {printable(self.folder)}: another process is at it: wait for it") from None
+
+    def _write(self) -> None:
+        """The whole file, in order of pictures."""
+        assert self._head is not None
+        lines = [self._head, *(self._entries[picture] for picture in sorted(self._entries))]
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode(), self.folder / _STATE)
+
+    def add(self, picture: _Decoded, file: bytes, depths: tuple[float, float]) -> None:
+        """Keep a map; it counts once it is committed."""
+        target = self.folder / self._names[picture.path]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / _STATE / "map"
+        unfinished.write_bytes(file)
+        unfinished.replace(target)
+        height, width = picture.pixels.shape[:2]
+        self._new.append(
+            {
+                "file": self._names[picture.path],
+                "picture": picture.path.relative_to(self.root).as_posix(),
+                "sha256": picture.sha256,
+                "width": width,
+                "height": height,
+                "depth_min": depths[0],
+                "depth_max": depths[1],
+            }
+        )
+        if time.monotonic() - self._committed > _COMMIT_EVERY_S:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make the maps so far durable, and then say that they are there."""
+        if self._new:
+            sync_file_system(self.folder)
+            self._file.writelines(json.dumps(line) + "\n" for line in self._new)
+            self._file.flush()
+            self._entries.update((line["picture"], line) for line in self._new)
+            self._new = []
+        self._committed = time.monotonic()
+
+
+def _is_free(folder: Path) -> bool:
+    if not folder.exists() and not folder.is_symlink():
+        return True
+    return folder.is_dir() and all(path.name == _STATE for path in folder.iterdir())
+
+
+def _sum(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None

@@ -101,7 +101,12 @@ def verify(
         report.faults.append(
             f"{printable(manifest.file)}: says {content['counts']['done']} samples, its shards have {report.samples}"
         )
-    if not content["complete"]:
+    if content.get("depth") and "depth" not in kinds:
+        report.faults.append(
+            f"{printable(manifest.out)}: not all samples have their depth maps: continue with gpufgbg depth "
+            f"{printable(manifest.out)}"
+        )
+    elif not content["complete"]:
         report.faults.append(
             f"{printable(manifest.out)}: incomplete: {report.samples:,} of {len(plan):,} samples are there"
         )

@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ import numpy as np
 
 BLOCKS = (6, 12, 32, 32)
 BATCH_NORM = ("gamma", "beta", "moving_mean", "moving_variance")
+#: a Python with tf_keras
+PYTHON = sys.executable if find_spec("tf_keras") else os.environ.get("GPUFGBG_TF_PYTHON")
 HEADER_LIMIT = 64512  # Keras' HDF5_OBJECT_HEADER_LIMIT
 
 

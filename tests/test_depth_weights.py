@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -181,10 +180,10 @@ def test_network_inside_a_model(tmp_path: Path, small: Path) -> None:
     assert not weights.leaky_after_conv_a
 
 
-@pytest.mark.skipif("GPUFGBG_TF_PYTHON" not in os.environ, reason="GPUFGBG_TF_PYTHON names no Python with tf_keras")
+@pytest.mark.skipif(keras.PYTHON is None, reason="no tf_keras here, nor in GPUFGBG_TF_PYTHON")
 def test_keras_reads_our_file_and_we_read_its(tmp_path: Path) -> None:
     ours, theirs = write_h5(tmp_path / "ours.h5", 16), tmp_path / "theirs.h5"
-    script = [os.environ["GPUFGBG_TF_PYTHON"], keras.__file__, str(tmp_path / "out.npz"), "--width=16", "--count=1"]
+    script = [str(keras.PYTHON), keras.__file__, str(tmp_path / "out.npz"), "--width=16", "--count=1"]
     subprocess.run([*script, f"--weights={ours}", f"--resave={theirs}"], check=True, stderr=subprocess.DEVNULL)
     first, second = read_weights(ours), read_weights(theirs)
     assert all(np.array_equal(first.tensors[name], second.tensors[name]) for name in first.tensors)

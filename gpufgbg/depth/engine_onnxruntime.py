@@ -8,13 +8,14 @@ The CUDA way is written from ONNX Runtime's documentation (execution providers, 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.depth.sources import NetworkSource, input_type
-from gpufgbg.exceptions import DeviceError, InputError, printable
+from gpufgbg.exceptions import DeviceError, InputError, OptionError, printable
 
 __all__ = ["OnnxRuntimeEngine"]
 
@@ -25,7 +26,8 @@ class OnnxRuntimeEngine:
     Parameters
     ----------
     source : NetworkSource
-    precision : {"fp16", "fp32"}
+    precision : {"fp16", "fp32"}, optional
+        By default the file's own, fp32 for DenseDepth.
     batch : int, optional
         Pictures of one inference, by default what the file fixes, or 1.
     device : int, optional
@@ -45,11 +47,13 @@ class OnnxRuntimeEngine:
     DeviceError
         ONNX Runtime is not installed.
     InputError
-        It can't run the network.
+        It can't run the network, or the network does not give one map a picture.
+    OptionError
+        The network has another precision.
     """
 
     def __init__(
-        self, source: NetworkSource, precision: str = "fp32", batch: int | None = None, device: int | None = None
+        self, source: NetworkSource, precision: str | None = None, batch: int | None = None, device: int | None = None
     ) -> None:
         try:
             import onnxruntime
@@ -64,29 +68,47 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors come as exceptions
         providers: list[Any] = [("CUDAExecutionProvider", {"device_id": device})] if cuda else []
-        model = source.graph(self.batch, precision)
+        model = source.graph(self.batch, precision or "fp32")
         self.dtype = input_type(model)
+        own = "fp16" if self.dtype == np.float16 else "fp32"
+        if precision not in (None, own):
+            raise OptionError("depth_precision", f"got {precision}, {printable(source.name)} is {own}: leave it out")
         try:
             self._session = onnxruntime.InferenceSession(
                 model.SerializeToString(), options, [*providers, "CPUExecutionProvider"]
             )
         except Exception as error:  # pybind's exceptions of ONNX Runtime derive from Exception alone
-            raise InputError(
-                f"--depth {printable(source.name)}: ONNX Runtime can't run it: {_first_line(error)}"
-            ) from None
+            raise _refused(source, error) from None
         self._input = self._session.get_inputs()[0].name
         self._output = self._session.get_outputs()[0].name
         width, height = source.size
         sides = (height, width, 3) if source.channels_last else (3, height, width)
         self.input_shape = (self.batch, *sides)
         self._name = source.name
+        self._check_output(source)
         self.description = {
             "backend": "onnxruntime",
             "version": onnxruntime.__version__,
             "provider": self._session.get_providers()[0],
-            "precision": precision,
+            "precision": own,
             "batch": self.batch,
         }
+
+    def _check_output(self, source: NetworkSource) -> None:
+        """Raise `InputError` where the output is not one map a picture; found out by a run if it is not told."""
+        shape: tuple[Any, ...] = tuple(self._session.get_outputs()[0].shape)
+        if not shape or not all(isinstance(side, int) for side in shape):
+            try:
+                shape = self._run(np.zeros(self.input_shape, self.dtype)).shape
+            except Exception as error:
+                raise _refused(source, error) from None
+        maps = len(shape) == 3 or (len(shape) == 4 and 1 in (shape[1], shape[3]))
+        if not maps or shape[0] != self.batch:
+            found = "x".join(map(str, shape)) or "one number"
+            raise InputError(
+                f"--depth {printable(self._name)}: the output is {found}, expected one map a picture: "
+                f"{self.batch}xHxW, {self.batch}x1xHxW or {self.batch}xHxWx1"
+            )
 
     def infer(self, images: Any) -> Any:
         """Predictions of a batch of preprocessed pictures.
@@ -135,5 +157,14 @@ class OnnxRuntimeEngine:
         return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0)).copy()
 
 
-def _first_line(error: BaseException) -> str:
-    return printable(str(error).strip().partition("\n")[0] or type(error).__name__)
+def _refused(source: NetworkSource, error: Exception) -> InputError:
+    width, height = source.size
+    return InputError(
+        f"--depth {printable(source.name)}: ONNX Runtime can't run it for {width}x{height} pixels (--depth-size): "
+        f"{_first_line(error)}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return printable(re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line))

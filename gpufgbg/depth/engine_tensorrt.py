@@ -12,6 +12,7 @@ memory's allocation strategy) is written from their documentation and marked "10
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -126,8 +127,7 @@ class TensorRTEngine:
             "multiprocessors": device["multiProcessorCount"],
             "settings": _SETTINGS,
         }
-        self._messages = _Messages()
-        self._logger = _logger(self._messages)
+        self._logger, self._messages = _logging()
         self._runtime = tensorrt.Runtime(self._logger)
         self.built = False
         self._engine = self._load_or_build(source, precision, key, tell)
@@ -399,8 +399,12 @@ class _Messages:
         return self.errors[-1] if self.errors else "no reason given"
 
 
-def _logger(messages: _Messages) -> Any:
+@functools.cache
+def _logging() -> tuple[Any, _Messages]:
+    """The logger and what it keeps: one for the process, since TensorRT takes the first and ignores others."""
     import tensorrt as trt
+
+    messages = _Messages()
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -410,7 +414,7 @@ def _logger(messages: _Messages) -> Any:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 messages.add(text)
 
-    return Logger()
+    return Logger(), messages
 
 
 def _short(text: str) -> str:

@@ -22,6 +22,7 @@ from gpufgbg.depth.options import DepthOptions
 from gpufgbg.depth.processing import NORMALISATIONS, Maps, postprocess, preprocess
 from gpufgbg.depth.sources import NetworkSource, open_source
 from gpufgbg.exceptions import DeviceError, InputError, OptionError, printable
+from gpufgbg.recipe import Recipe
 
 __all__ = ["DEPTH_JPEG", "DepthMaps", "DepthModel"]
 
@@ -92,13 +93,13 @@ class DepthModel:
         tell: Callable[[str], None] | None = None,
         source: NetworkSource | None = None,
     ) -> None:
-        options = weights if isinstance(weights, DepthOptions) else DepthOptions(os.fspath(weights))
-        frame = (size, size) if isinstance(size, int) else tuple(size)
+        options = DepthOptions.of(weights)
+        frame = Recipe(size=size, foreground_height=1).size  # type: ignore[arg-type]  # one number is square
         self.options = options
         self.workers = check_workers(workers)
         self.index = resolve(options, device)
         self.device = "cpu" if self.index is None else f"cuda:{self.index}"
-        self.source = source or open_source(options, (frame[0], frame[1]))
+        self.source = source or open_source(options, frame)
         self.engine = self._engine(tell)
 
     def _engine(self, tell: Callable[[str], None] | None) -> Any:
@@ -109,7 +110,7 @@ class DepthModel:
         if options.backend == "onnxruntime" or self.index is None:
             from gpufgbg.depth.engine_onnxruntime import OnnxRuntimeEngine
 
-            return OnnxRuntimeEngine(self.source, options.precision or "fp32", batch, self.index)
+            return OnnxRuntimeEngine(self.source, options.precision, batch, self.index)
         import cupy
 
         from gpufgbg.depth.engine_tensorrt import BATCH, OutOfMemory, TensorRTEngine
@@ -193,13 +194,17 @@ class DepthModel:
             parts.append(self._postprocess(prediction, images.shape[1:3], metres))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
-    def predict_each(self, images: Sequence[Any]) -> list[tuple[npt.NDArray[np.uint8], tuple[float, float]]]:
+    def predict_each(
+        self, images: Sequence[Any], names: Sequence[str] | None = None
+    ) -> list[tuple[npt.NDArray[np.uint8], tuple[float, float]]]:
         """Depth maps of pictures of any sizes, in host memory.
 
         Parameters
         ----------
         images : sequence of (H, W, 3) uint8
             RGB, NumPy.
+        names : sequence of str, optional
+            What messages call them.
 
         Returns
         -------
@@ -212,8 +217,11 @@ class DepthModel:
             As for `predict`.
         """
         if self.index is None:
-            found = [self.predict(image[None], metres=False) for image in images]
-            return [(maps.grey[0], tuple(maps.range[0].tolist())) for maps in found]
+            with ThreadPoolExecutor(self.workers) as pool:
+                each_maps = list(pool.map(lambda image: self.maps(_checked(image[None])), images))
+            for i, maps in enumerate(each_maps):
+                self.check(maps.faults, i, names)
+            return [(maps.grey[0], tuple(maps.range[0].tolist())) for maps in each_maps]
         import cupy
 
         each: list[tuple[npt.NDArray[np.uint8], tuple[float, float]]] = []
@@ -226,7 +234,7 @@ class DepthModel:
                 prediction = _as_maps(self.engine.infer(inputs), self.source)
                 for i, image in enumerate(part):
                     maps = self._postprocess(prediction[i : i + 1], image.shape[1:3], False)
-                    self.check(maps.faults, start + i)
+                    self.check(maps.faults, start + i, names)
                     each.append((maps.grey[0].get(), tuple(maps.range[0].tolist())))
         return each
 
@@ -245,14 +253,19 @@ class DepthModel:
         source = self.source
         return postprocess(prediction, size, meaning=source.meaning, scale=source.scale, metres=metres)
 
-    def check(self, faults: Any, first: int = 0) -> None:
-        """Raise `InputError` where a prediction has values that are no numbers"""
+    def check(self, faults: Any, first: int = 0, names: Sequence[str] | None = None) -> None:
+        """Raise `InputError` where a prediction has values that are no numbers.
+
+        ``faults`` are those of pictures ``first`` and on, of which ``names`` may hold all names.
+        """
         counts = faults if isinstance(faults, np.ndarray) else faults.get()
         bad = np.flatnonzero(counts)
         if len(bad):
+            index = first + int(bad[0])
+            name = f"picture {index}" if names is None else printable(names[index])
             raise InputError(
-                f"--depth {printable(self.source.name)}: {int(counts[bad[0]])} values of the prediction for picture "
-                f"{first + int(bad[0])} are no numbers: the weights are damaged"
+                f"--depth {printable(self.source.name)}: {int(counts[bad[0]])} values of the prediction for {name} "
+                "are no numbers: the weights are damaged, or not meant for these options"
                 + (", or too large for fp16: try --depth-precision fp32" if self._half else "")
             )
 

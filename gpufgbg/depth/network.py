@@ -4,8 +4,11 @@ Alhashim and Wonka, High Quality Monocular Depth Estimation via Transfer Learnin
 DenseNet-169 without its classifier (Huang et al., arXiv 1608.06993) and a decoder of four blocks that double the
 resolution. The graph is written so that an importer has nothing left to guess:
 
-- batch norm behind a convolution is folded into it; batch norm before one (a dense block's first, a transition's)
-  stays one BatchNormalization node, already reduced to scale and shift, with its ReLU behind it;
+- batch norm behind a convolution is folded into it; batch norm before one (a dense block's first, a transition's) is
+  reduced to scale and shift, with its ReLU behind it: in fp32 a BatchNormalization node; in fp16, which TensorRT
+  runs, a 1x1 convolution of each channel by itself, for which its kernels move nearly twice the bytes a second;
+- in fp16, the last convolution, 3x3 to one channel, is a 1x1 one to its nine taps and a 3x3 one that adds them up:
+  TensorRT computes at least some tens of channels at a time, so that nearly all of the plain one's work is wasted;
 - each layer of a dense block concatenates its 32 channels to what was there;
 - every tensor has a fixed shape, and the name that Keras' model gives the layer.
 
@@ -80,7 +83,8 @@ class _Graph:
     def __init__(self, weights: DenseDepthWeights, precision: str, upsampling: str) -> None:
         self.weights = weights
         self.tensors = weights.tensors
-        self.dtype = np.dtype(np.float16 if precision == "fp16" else np.float32)
+        self.half = precision == "fp16"
+        self.dtype = np.dtype(np.float16 if self.half else np.float32)
         self.upsampling = upsampling
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
@@ -135,7 +139,17 @@ class _Graph:
             if self.weights.leaky_after_conv_a:
                 x = self.leaky_relu(f"{block}_convA_leaky_relu", x)
             x = self.leaky_relu(f"{block}_convB_leaky_relu", self.conv(f"{block}_convB", x, pad=1))
-        return self.conv("conv3", x, pad=1, output="prediction")
+        return self.last_conv(x)
+
+    def last_conv(self, x: str) -> str:
+        kernel = self.tensors["conv3/kernel"]  # (3, 3, in, 1)
+        if not self.half:
+            return self.conv("conv3", x, pad=1, output="prediction")
+        taps = kernel.reshape(9, -1)[:, :, None, None]
+        y = self.add("Conv", "conv3_taps", [x, self.constant("conv3_taps/kernel", taps)], kernel_shape=[1, 1])
+        pick = np.eye(9, dtype=np.float32).reshape(1, 9, 3, 3)  # tap i of channel i
+        inputs = [y, self.constant("conv3/pick", pick), self.constant("conv3/bias", self.tensors["conv3/bias"])]
+        return self.add("Conv", "conv3", inputs, output="prediction", kernel_shape=[3, 3], pads=[1] * 4)
 
     # -- layers -----------------------------------------------------------------------------------------
 
@@ -159,6 +173,13 @@ class _Graph:
 
     def batch_norm(self, name: str, x: str) -> str:
         scale, shift = self.scale_and_shift(name)
+        if self.half:
+            inputs = [
+                x,
+                self.constant(f"{name}/scale", scale[:, None, None, None]),
+                self.constant(f"{name}/shift", shift),
+            ]
+            return self.add("Conv", name, inputs, kernel_shape=[1, 1], group=len(scale))
         nothing, one = np.zeros_like(scale), np.ones_like(scale)
         rest = [self.constant(f"{name}/{k}", v) for k, v in
                 (("scale", scale), ("shift", shift), ("mean", nothing), ("variance", one))]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ PRECISIONS = ("fp16", "fp32")
 RANGES = ("unit", "imagenet", "255")
 UPSAMPLINGS = ("half-pixel", "align-corners")  # meanings of bilinear x2: TensorFlow 2's and TensorFlow 1's
 _MAX_SIDE = 16_384
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,21 @@ class DepthOptions:
             if len(sides) != 2 or not all(_is_whole(side) and 1 <= side <= _MAX_SIDE for side in sides):
                 raise OptionError("depth_size", f"got {size!r}, expected 1 to {_MAX_SIDE:,} pixels a side")
             object.__setattr__(self, "size", (int(sides[0]), int(sides[1])))
-        if self.batch is not None and (not _is_whole(self.batch) or not 1 <= self.batch <= 1024):
-            raise OptionError("depth_batch", f"got {self.batch!r}, expected 1 to 1,024")
+        if self.batch is not None:
+            if not _is_whole(self.batch) or not 1 <= self.batch <= 1024:
+                raise OptionError("depth_batch", f"got {self.batch!r}, expected 1 to 1,024")
+            object.__setattr__(self, "batch", int(self.batch))
         scale: Any = self.scale
         if scale is not None:
-            if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+            if not number or not _LEAST <= float(scale) <= _MOST:
                 raise OptionError("depth_scale", f"got {scale!r}, expected a positive number of metres")
             object.__setattr__(self, "scale", float(scale))
+
+    @classmethod
+    def of(cls, depth: str | os.PathLike[str] | DepthOptions) -> DepthOptions:
+        """The options, where a file of weights alone may stand for them."""
+        return depth if isinstance(depth, cls) else cls(depth)  # type: ignore[arg-type]
 
 
 def _is_whole(value: object) -> bool:

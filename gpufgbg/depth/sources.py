@@ -85,9 +85,10 @@ def open_source(options: DepthOptions, frame: tuple[int, int]) -> NetworkSource:
     try:
         with path.open("rb") as file:
             head = file.read(8)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--depth {printable(path)}: can't be read: {error.strerror}: expected a file of weights or {DEMO!r}"
+            f"--depth {printable(path)}: can't be read: {printable(reason)}: expected a file of weights or {DEMO!r}"
         ) from None
     if path.suffix.lower() == ".onnx" and head != b"\x89HDF\r\n\x1a\n":
         return OnnxModel(path, options, frame, path.name)
@@ -127,6 +128,7 @@ class DenseDepth:
 
     def graph(self, batch: int, precision: str) -> onnx.ModelProto:
         """See `NetworkSource`."""
+        _import_onnx()
         return network.build(self.weights, self.size, batch, precision, self.upsampling)
 
     def identity(self) -> dict[str, Any]:
@@ -174,6 +176,7 @@ class OnnxModel:
         source, output = self._one("input"), self._one("output")
         batch, self.channels_last, width, height = self._input_form(source)
         self._check_output(output)
+        self._check()
         self.batch = batch
         self.size = self._size(options, frame, width, height)
         metadata = {entry.key: entry.value for entry in self._model.metadata_props}
@@ -188,11 +191,19 @@ class OnnxModel:
             model = onnx.load_model_from_string(self._bytes)
             if not model.graph.node:
                 raise ValueError("no graph in it")
-            onnx.checker.check_model(model)
         except Exception as error:  # protobuf's, onnx' and what they let through have no common base
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise InputError(f"--depth {printable(self.path)}: no usable ONNX model: {printable(reason)}") from None
+            raise self._unusable(error) from None
         return model
+
+    def _check(self) -> None:
+        try:
+            _import_onnx().checker.check_model(self._model)
+        except Exception as error:  # as above
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> InputError:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return InputError(f"--depth {printable(self.path)}: no usable ONNX model: {printable(reason)}")
 
     def _one(self, side: str) -> _Tensor:
         graph = self._model.graph
@@ -214,22 +225,28 @@ class OnnxModel:
 
     def _input_form(self, tensor: _Tensor) -> tuple[int | None, bool, int | None, int | None]:
         """(batch, channels last, width, height) of the input."""
-        onnx = _import_onnx()
-        said = f"--depth {printable(self.path)}: input {printable(tensor.name)}"
-        if tensor.kind not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
-            kind = onnx.TensorProto.DataType.Name(tensor.kind)
-            raise InputError(
-                f"{said} holds {kind}, expected FLOAT or FLOAT16: export the model for floating-point input"
-            )
+        self._check_type("input", tensor)
         shape = tensor.shape
         if len(shape) == 4 and shape[1] == 3:
             return shape[0], False, shape[3], shape[2]
         if len(shape) == 4 and shape[3] == 3:
             return shape[0], True, shape[2], shape[1]
         text = "x".join("?" if side is None else str(side) for side in shape)
-        raise InputError(f"{said} is {text}, expected Nx3xHxW or NxHxWx3")
+        raise InputError(
+            f"--depth {printable(self.path)}: input {printable(tensor.name)} is {text}, expected Nx3xHxW or NxHxWx3"
+        )
+
+    def _check_type(self, side: str, tensor: _Tensor) -> None:
+        onnx = _import_onnx()
+        if tensor.kind not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+            kind = onnx.TensorProto.DataType.Name(tensor.kind)
+            raise InputError(
+                f"--depth {printable(self.path)}: {side} {printable(tensor.name)} holds {kind}, expected FLOAT or "
+                f"FLOAT16: export the model for floating-point {side}"
+            )
 
     def _check_output(self, tensor: _Tensor) -> None:
+        self._check_type("output", tensor)
         shape = tensor.shape
         maps = (len(shape) == 4 and 1 in (shape[1], shape[3])) or len(shape) == 3
         if not maps and not (len(shape) == 4 and None in (shape[1], shape[3])):
@@ -287,7 +304,7 @@ def _import_onnx() -> Any:
     try:
         import onnx
     except ImportError:
-        raise DeviceError("reading ONNX needs the package onnx: pip install 'gpufgbg[depth]'") from None
+        raise DeviceError("--depth: the package onnx is not installed: pip install 'gpufgbg[depth]'") from None
     return onnx
 
 

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from gpufgbg.exceptions import DatasetError, printable
 from gpufgbg.files import fsync_folder, remove_tree, sync_file_system
-from gpufgbg.layout import Layout
+from gpufgbg.layout import KINDS, Layout
 from gpufgbg.manifest import STATE, tiling
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.sinks import EncodedSamples, FileShard
@@ -142,12 +142,14 @@ class ZipSink:
     def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
         """(path, bytes) of every file of a committed shard, from its part or from the zip."""
         pieces = tiling(self._found(), shard)
+        folders = tuple(f"{KINDS[kind]}/" for kind in self.kinds)
         try:
             if pieces:
                 for piece in pieces:
                     with (self.parts / piece.name).open("rb") as file:
                         for name, data, _ in entries(file):
-                            yield name, data
+                            if name.startswith(folders):
+                                yield name, data
                 return
             for stem in self.layout.stems(self.plan.placements(range(shard.start, shard.stop))):
                 for kind in self.kinds:
