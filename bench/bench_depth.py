@@ -59,7 +59,7 @@ def folders(given: str | None) -> tuple[Path, Path, Path | None]:
         backgrounds, foregrounds = write_sample_assets(Path(tempfile.gettempdir()) / "gpufgbg-bench-assets")
         return backgrounds, foregrounds, None
     root = Path(given)
-    return root / "backgrounds", root / "foregrounds", root / "masks"
+    return root / "bg", root / "fg", root / "fg_mask"
 
 
 def kind_of(layer: str) -> str:
@@ -237,7 +237,7 @@ def bench_job(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input")
+    parser.add_argument("--input", help="folder with bg/, fg/, fg_mask/ (default: built-in sample assets)")
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--only", default="engine,parts,numbers,bytes,job")
     parser.add_argument("--samples", default="", help="of the job, A:B (default: all)")
