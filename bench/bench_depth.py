@@ -11,7 +11,6 @@ the cache. The first command makes the fp32 predictions that ``numbers`` compare
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -179,33 +177,13 @@ def bench_bytes(table: Table, input_folders: tuple[Path, Path, Path | None], wor
     table.add(f"6,000 triples, killed {kills} times and continued", "the same bytes")
 
 
-class _Field(ctypes.Structure):
-    _fields_ = (
-        ("field", ctypes.c_uint), ("scope", ctypes.c_uint), ("timestamp", ctypes.c_longlong),
-        ("latency", ctypes.c_longlong), ("kind", ctypes.c_int), ("code", ctypes.c_int), ("value", ctypes.c_ulonglong),
-    )  # fmt: skip
-
-
-def pcie_bytes() -> Iterator[int]:
-    """Bytes that the card sent and received over PCIe, by the driver's own counters; nothing where it has none."""
-    with suppress(OSError):
-        nvml, device = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p()
-        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
-            return
-        fields = (_Field * 2)(_Field(197), _Field(198))  # NVML_FI_DEV_PCIE_COUNT_TX_BYTES, ..._RX_BYTES
-        if nvml.nvmlDeviceGetFieldValues(device, 2, fields) == 0:
-            yield from (field.value for field in fields if field.code == 0)
-
-
 def bench_job(
     table: Table, input_folders: tuple[Path, Path, Path | None], work: Path, sink: str, rate: float, samples: str
 ) -> None:
-    before = list(pcie_bytes())
     start = time.perf_counter()
     more = ("--sink", sink, *(("--samples", samples) if samples else ()))
     found = subprocess.run(command(input_folders, work / sink, *more), check=True, stdout=subprocess.PIPE, text=True)
     took = time.perf_counter() - start
-    after = list(pcie_bytes())
     report = json.loads(found.stdout)
     count = report["samples"]
     share = f"; {100 * count / took / rate:.1f} % of the engine's own rate" if rate else ""
@@ -221,11 +199,6 @@ def bench_job(
         f"{(moved['files'] + moved['other']) / 1e9:.3f} GB",
         f"{jpeg / 1e9:.3f} GB of JPEG files; {100 * (moved['files'] + moved['other'] - jpeg) / jpeg:.3f} % more",
     )
-    if before and after:
-        sent = [(b - a) / 1e9 for a, b in zip(before, after, strict=True)]
-        table.add(
-            "main job: PCIe by the driver's counters, all of the process", f"{sent[0]:.3f} GB sent", f"{sent[1:]}"
-        )
     memory = report["memory"]
     table.add(
         "main job: memory", f"card {memory['device'] >> 20:,} MB", f"pinned on the host {memory['pinned'] >> 20} MB"

@@ -1,4 +1,4 @@
-"""Writes README's two tables of measured figures from bench/results/; a test keeps them in step.
+"""Writes README's tables of measured figures from bench/results/; a test keeps them in step.
 
 python bench/report.py
 """
@@ -26,15 +26,25 @@ SHOWN = (
 )
 
 
+#: rows of h200_depth.md that README shows
+DEPTH_SHOWN = (
+    "engine alone",
+    "fp16 against ONNX Runtime fp32, grey",
+    "reconstruct",
+    "main job: 392,040",
+    "main job: bytes",
+)
+
+
 def cpu_table(text: str) -> str:
     """The table of ratios in cpu.md."""
     return re.search(r"^\| gpufgbg against.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[0]
 
 
-def gpu_table(text: str) -> str:
-    """The rows of h200.md that README shows."""
+def gpu_table(text: str, shown: tuple[str, ...]) -> str:
+    """The rows of a result that README shows."""
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    chosen = [row for row in rows[1:] if row[2:].startswith(SHOWN)]
+    chosen = [row for row in rows[1:] if row[2:].startswith(shown)]
     return "\n".join([rows[0], "|---|---|---|", *chosen])
 
 
@@ -44,10 +54,11 @@ def marked(name: str, table: str) -> str:
 
 
 def updated(readme: str) -> str:
-    """README with both tables as they are in bench/results/."""
+    """README with the tables as they are in bench/results/."""
     for name, table in (
         ("cpu", cpu_table((RESULTS / "cpu.md").read_text())),
-        ("h200", gpu_table((RESULTS / "h200.md").read_text())),
+        ("h200", gpu_table((RESULTS / "h200.md").read_text(), SHOWN)),
+        ("depth", gpu_table((RESULTS / "h200_depth.md").read_text(), DEPTH_SHOWN)),
     ):
         readme = re.sub(
             rf"<!-- {name} -->.*?<!-- end -->", lambda _, n=name, t=table: marked(n, t), readme, flags=re.DOTALL

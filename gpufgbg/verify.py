@@ -101,7 +101,7 @@ def verify(
         report.faults.append(
             f"{printable(manifest.file)}: says {content['counts']['done']} samples, its shards have {report.samples}"
         )
-    if content.get("depth") and "depth" not in kinds:
+    if content.get("depth") and kinds and "depth" not in kinds:
         report.faults.append(
             f"{printable(manifest.out)}: not all samples have their depth maps: continue with gpufgbg depth "
             f"{printable(manifest.out)}"

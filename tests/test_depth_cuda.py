@@ -233,7 +233,8 @@ def test_a_folder_of_pictures(run, tmp_path, blur):
     )
     assert code == 0, error
     for i, size in enumerate([(64, 48), (64, 48), (100, 30), (31, 77)]):
-        assert Image.open(tmp_path / "out" / f"{i}.jpg").size == size
+        with Image.open(tmp_path / "out" / f"{i}.jpg") as depth_map:
+            assert depth_map.size == size and depth_map.mode == "L"
 
 
 # -- the cache -----------------------------------------------------------------------------------------------
