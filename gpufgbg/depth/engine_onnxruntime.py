@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpufgbg.depth.sources import NetworkSource, input_type
+from gpufgbg.depth.sources import NetworkSource, check_output, input_type
 from gpufgbg.exceptions import DeviceError, InputError, OptionError, printable
 
 __all__ = ["OnnxRuntimeEngine"]
@@ -102,13 +102,7 @@ class OnnxRuntimeEngine:
                 shape = self._run(np.zeros(self.input_shape, self.dtype)).shape
             except Exception as error:
                 raise _refused(source, error) from None
-        maps = len(shape) == 3 or (len(shape) == 4 and 1 in (shape[1], shape[3]))
-        if not maps or shape[0] != self.batch:
-            found = "x".join(map(str, shape)) or "one number"
-            raise InputError(
-                f"--depth {printable(self._name)}: the output is {found}, expected one map a picture: "
-                f"{self.batch}xHxW, {self.batch}x1xHxW or {self.batch}xHxWx1"
-            )
+        check_output(source, shape, self.batch)
 
     def infer(self, images: Any) -> Any:
         """Predictions of a batch of preprocessed pictures.

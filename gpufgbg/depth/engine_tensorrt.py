@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from gpufgbg.depth.sources import NetworkSource, key_of
+from gpufgbg.depth.sources import NetworkSource, check_output, key_of
 from gpufgbg.exceptions import DeviceError, GpufgbgWarning, InputError, printable
 from gpufgbg.files import write_atomic
 
@@ -280,6 +280,7 @@ class TensorRTEngine:
         types = {trt.float16: np.float16, trt.float32: np.float32}
         self.dtype = np.dtype(types[engine.get_tensor_dtype(self._input)])
         self.input_shape = tuple(engine.get_tensor_shape(self._input))
+        check_output(source, tuple(engine.get_tensor_shape(self._output)), self.batch)
         output_dtype = types[engine.get_tensor_dtype(self._output)]
         try:
             if hasattr(trt, "ExecutionContextAllocationStrategy"):  # 10+

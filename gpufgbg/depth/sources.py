@@ -315,6 +315,17 @@ def input_type(model: onnx.ModelProto) -> np.dtype[Any]:
     return np.dtype(np.float16 if value.type.tensor_type.elem_type == 10 else np.float32)
 
 
+def check_output(source: NetworkSource, shape: tuple[Any, ...], batch: int) -> None:
+    """Raise `InputError` where an output of this shape is not one map a picture."""
+    maps = len(shape) == 3 or (len(shape) == 4 and 1 in (shape[1], shape[3]))
+    if not maps or shape[0] != batch:
+        found = "x".join(map(str, shape)) or "one number"
+        raise InputError(
+            f"--depth {printable(source.name)}: the output is {found}, expected one map a picture: "
+            f"{batch}xHxW, {batch}x1xHxW or {batch}xHxWx1"
+        )
+
+
 def key_of(description: dict[str, Any]) -> str:
     """A short digest of JSON values."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:24]
