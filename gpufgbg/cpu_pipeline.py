@@ -8,20 +8,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.backends.cpu import CpuBackend, decode_jpeg, encode_jpeg
 from gpufgbg.backends.cpu import moments as count
-from gpufgbg.depth.model import DEPTH_JPEG, DepthModel
+from gpufgbg.depth.options import DEPTH_JPEG
 from gpufgbg.labels import LabelJob
 from gpufgbg.manifest import Manifest, ShardRecord
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.shards import Committer, OpenShard
 from gpufgbg.sinks import EncodedSamples, Sink
+
+if TYPE_CHECKING:
+    from gpufgbg.depth.model import DepthModel
 
 __all__ = ["BATCH", "CpuPipeline"]
 

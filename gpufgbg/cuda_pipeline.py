@@ -24,13 +24,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpufgbg.backends import PendingMoments
 from gpufgbg.backends.cuda import CudaBackend, CudaJpeg, PendingSums, start_moments
-from gpufgbg.depth.model import DEPTH_JPEG, DepthModel
+from gpufgbg.depth.options import DEPTH_JPEG
 from gpufgbg.exceptions import DeviceError
 from gpufgbg.labels import LabelJob
 from gpufgbg.manifest import Manifest, ShardRecord
@@ -38,6 +38,9 @@ from gpufgbg.moments import Moments
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.shards import Committer
 from gpufgbg.sinks import Sink
+
+if TYPE_CHECKING:
+    from gpufgbg.depth.model import DepthModel
 
 __all__ = ["CudaPipeline"]
 

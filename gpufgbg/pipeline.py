@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpufgbg import sinks
 from gpufgbg._version import versions
 from gpufgbg.assets import AssetFile, Assets, Sources, find_sources, prepare_sources
 from gpufgbg.backends import check_device
 from gpufgbg.compositor import Compositor, check_workers
-from gpufgbg.depth.model import DepthModel, describe, resolve
 from gpufgbg.depth.options import DepthOptions
-from gpufgbg.depth.sources import NetworkSource, open_source
 from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, printable
 from gpufgbg.files import storage_errors, write_atomic
 from gpufgbg.labels import LabelJob, mask_areas, publish_labels, write_labels
@@ -27,6 +25,10 @@ from gpufgbg.layout import SAMPLE_KINDS, Layout
 from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, merged, missing, open_dataset
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Recipe, Shard
+
+if TYPE_CHECKING:
+    from gpufgbg.depth.model import DepthModel
+    from gpufgbg.depth.sources import NetworkSource
 
 __all__ = ["GenerateReport", "add_depth", "generate"]
 
@@ -310,6 +312,9 @@ class _Run:
 
     def open_network(self, options: DepthOptions, recipe: Recipe) -> dict[str, Any]:
         """Read and check what depth maps are predicted with; returns its description."""
+        from gpufgbg.depth.model import describe, resolve  # Numba's start takes 0.2 s
+        from gpufgbg.depth.sources import open_source
+
         resolve(options, self.device)
         self._options, self._network = options, open_source(options, recipe.size)
         return describe(options, self._network)
@@ -339,6 +344,8 @@ class _Run:
         model: DepthModel | None = None
         if options and self._gaps(wanted):
             name = compositor.backend.name
+            from gpufgbg.depth.model import DepthModel
+
             model = DepthModel(options, compositor.recipe.size, name, 1, self.tell, self._network)
             self.lap("load or build the depth engine")
         with ExitStack() as held:

@@ -21,9 +21,9 @@ from filelock import FileLock, Timeout
 from gpufgbg.backends import check_device
 from gpufgbg.backends.cpu import encode_jpeg
 from gpufgbg.compositor import check_workers
-from gpufgbg.depth.model import DEPTH_JPEG, DepthModel
-from gpufgbg.depth.options import DepthOptions
-from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, printable
+from gpufgbg.depth.model import DepthModel
+from gpufgbg.depth.options import DEPTH_JPEG, DepthOptions
+from gpufgbg.exceptions import DatasetError, DeviceError, InputError, Interrupted, OptionError, printable
 from gpufgbg.files import remove_tree, storage_errors, sync_file_system, write_atomic
 from gpufgbg.layout import KINDS
 from gpufgbg.pictures import FORMATS, PictureError, quiet_decoding, raise_all, read_picture
@@ -160,7 +160,12 @@ def build_engine(
         raise OptionError("depth_backend", "got 'onnxruntime', which has no engines to build: expected tensorrt")
     if check_device(device) == "cpu":
         raise OptionError("device", "got 'cpu', which has no engines to build: expected cuda or cuda:N")
+    from gpufgbg.backends.cuda import why_not
+
     wanted = "cuda" if device == "auto" else device
+    reason = why_not(int(wanted.partition(":")[2] or 0))
+    if reason is not None:
+        raise DeviceError(f"device {wanted}: {reason}; engines are built on the machine that has the card")
     model = DepthModel(depth, frame, wanted, 1, tell)
     return {**model.engine.description, "built": model.engine.built}
 

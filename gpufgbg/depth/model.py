@@ -24,10 +24,7 @@ from gpufgbg.depth.sources import NetworkSource, open_source
 from gpufgbg.exceptions import DeviceError, InputError, OptionError, printable
 from gpufgbg.recipe import Recipe
 
-__all__ = ["DEPTH_JPEG", "DepthMaps", "DepthModel"]
-
-#: quality, subsampling and optimize of depth maps' files: Pillow's defaults, as the original has them
-DEPTH_JPEG = (75, "420", False)
+__all__ = ["DepthMaps", "DepthModel"]
 
 
 @dataclass(frozen=True)

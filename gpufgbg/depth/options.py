@@ -11,7 +11,7 @@ import numpy as np
 
 from gpufgbg.exceptions import OptionError
 
-__all__ = ["BACKENDS", "DEMO", "INPUTS", "MEANINGS", "PRECISIONS", "RANGES", "DepthOptions"]
+__all__ = ["BACKENDS", "DEMO", "DEPTH_JPEG", "INPUTS", "MEANINGS", "PRECISIONS", "RANGES", "DepthOptions"]
 
 DEMO = "demo"  # in place of a file: the built-in network
 BACKENDS = ("auto", "tensorrt", "onnxruntime")
@@ -19,6 +19,8 @@ INPUTS = ("saved", "rendered")
 MEANINGS = ("inverse", "metres", "relative")
 PRECISIONS = ("fp16", "fp32")
 RANGES = ("unit", "imagenet", "255")
+#: quality, subsampling and optimize of depth maps' files: Pillow's defaults, as the original has them
+DEPTH_JPEG = (75, "420", False)
 UPSAMPLINGS = ("half-pixel", "align-corners")  # meanings of bilinear x2: TensorFlow 2's and TensorFlow 1's
 _MAX_SIDE = 16_384
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
