@@ -26,10 +26,12 @@ if TYPE_CHECKING:
         StorageError,
     )
     from gpufgbg.jpeg import EncodedImages, JpegEncoder
+    from gpufgbg.measure import mean_std
     from gpufgbg.moments import Moments
     from gpufgbg.pipeline import GenerateReport, add_depth, generate
     from gpufgbg.predict import FolderReport, predict_folder
     from gpufgbg.recipe import Placements, Plan, Recipe
+    from gpufgbg.streaming import SampleStream, StreamBatch, stream
 
 __all__ = [
     "Assets",
@@ -53,12 +55,16 @@ __all__ = [
     "Placements",
     "Plan",
     "Recipe",
+    "SampleStream",
     "StorageError",
+    "StreamBatch",
     "__version__",
     "add_depth",
     "generate",
+    "mean_std",
     "predict_folder",
     "prepare",
+    "stream",
 ]
 
 _MODULES = {
@@ -71,10 +77,12 @@ _MODULES = {
         "OptionError", "StorageError",
     ),
     "jpeg": ("EncodedImages", "JpegEncoder"),
+    "measure": ("mean_std",),
     "pipeline": ("GenerateReport", "add_depth", "generate"),
     "predict": ("FolderReport", "predict_folder"),
     "moments": ("Moments",),
     "recipe": ("Placements", "Plan", "Recipe"),
+    "streaming": ("SampleStream", "StreamBatch", "stream"),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -168,7 +168,6 @@ def build_parser() -> argparse.ArgumentParser:
     depth.add_argument(
         "--frame",
         type=_size,
-        default=(224, 224),
         metavar="N|WxH",
         help="for build: the data set's frame (default: 224)",
     )
@@ -457,13 +456,15 @@ def _depth(options: argparse.Namespace) -> int:
     if options.target == "build":
         if options.out is not None:
             raise OptionError("out", "is for a folder of pictures; build keeps the engine in the cache folder")
-        engine = build_engine(depth, options.frame, options.device, tell)
+        engine = build_engine(depth, options.frame or (224, 224), options.device, tell)
         if options.json:
             _print_json(engine)
         else:
             state = "built now" if engine["built"] else "was there"
             print(f"{engine['version']} engine for {engine['device']}, {engine['batch']} pictures at a time: {state}")
         return 0
+    if options.frame is not None:
+        raise OptionError("frame", "is for build: a data set or a folder of pictures has its own")
     if Manifest(Path(options.target)).file.is_file():
         if options.out is not None:
             raise OptionError("out", f"{printable(options.target)} is a data set of ours: its depth maps go into it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -58,6 +58,7 @@ def statistics(
     path: str | os.PathLike[str],
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
+    kinds: Collection[str] = tuple(KINDS),
 ) -> dict[str, KindStatistics]:
     """Decode everything that is on disk of a data set and count it.
 
@@ -69,6 +70,8 @@ def statistics(
         Threads that decode, by default one a core.
     progress : callable, optional
         Called with the number of pictures done so far.
+    kinds : collection of str
+        Pictures of other kinds are passed over.
 
     Returns
     -------
@@ -80,7 +83,8 @@ def statistics(
     DatasetError
         There is no data set, or a picture can't be decoded; the message names it.
     """
-    threads, pictures = check_workers(workers), scan(path)
+    threads = check_workers(workers)
+    pictures = (picture for picture in scan(path) if picture.kind in kinds)
     totals: dict[str, KindStatistics] = {}
     pending: deque[tuple[int, Future[dict[str, KindStatistics]]]] = deque()
     done = 0

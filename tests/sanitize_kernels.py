@@ -8,6 +8,7 @@ CuPy's pool is switched off, so that every array has its own allocation and noth
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import cupy
@@ -17,6 +18,7 @@ from test_cuda import made
 
 from gpufgbg import Compositor, JpegEncoder, Moments, Recipe
 from gpufgbg.backends import cuda
+from gpufgbg.normalise import DTYPES, LAYOUTS, normalise
 
 
 def main() -> int:
@@ -40,6 +42,11 @@ def main() -> int:
                 cpu, gpu = (JpegEncoder(quality, mode, optimize, device) for device in ("cpu", "cuda"))
                 assert list(gpu.encode(given)) == list(cpu.encode(given)), (width, height, subsampling, quality)
                 assert (gpu.reconstruct(given).get() == cpu.reconstruct(given)).all(), (width, height, subsampling)
+        for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+            expected, found = (
+                normalise(a, 0.4, 0.3, dtype=dtype, layout=layout) for a in (batch, cupy.asarray(batch))
+            )
+            assert (found.get() == expected).all(), (width, height, dtype, layout)
         assert cuda.moments(batch) == Moments.of(batch)
         assert cuda.moments(np.ascontiguousarray(batch[..., 0])) == Moments.of(batch[..., 0])
     print("all kernels ran, results equal the CPU's")

@@ -15,7 +15,18 @@ import pytest
 from conftest import cutout, smooth, start
 from PIL import Image, ImageFile
 
-from gpufgbg import Assets, Compositor, DeviceError, InputError, JpegEncoder, Moments, Recipe, generate
+from gpufgbg import (
+    Assets,
+    Compositor,
+    DeviceError,
+    InputError,
+    JpegEncoder,
+    Moments,
+    OptionError,
+    Recipe,
+    generate,
+    mean_std,
+)
 from gpufgbg.backends import cuda
 
 pytestmark = pytest.mark.skipif(cuda.count_devices() == 0, reason=f"no CUDA device: {cuda.why_not()}")
@@ -48,6 +59,64 @@ def test_renders_what_the_cpu_renders(width, height, flip):
         np.testing.assert_array_equal(found.image.get(), expected.image)
         np.testing.assert_array_equal(found.mask.get(), expected.mask)
         assert found.moments == expected.moments
+
+
+@pytest.mark.parametrize("where", ["host", "card", "both"])
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_renders_the_callers_placements_as_the_cpu_does(width, height, where):
+    import cupy
+
+    assets, recipe = made(width, height), Recipe(size=(width, height), foreground_height=1, per_pair=7)
+    cpu, gpu = (Compositor(assets, recipe, device) for device in ("cpu", "cuda"))
+    rng = np.random.default_rng(2)
+    for count in (0, 1, 2, 300):
+        f = rng.integers(0, assets.n_foregrounds, count)
+        given = {
+            "background": rng.integers(0, assets.n_backgrounds, count),
+            "foreground": f,
+            "flip": rng.integers(0, 2, count).astype(bool),
+            "x": rng.integers(0, width - assets.widths[f] + 1),
+            "y": rng.integers(0, height - assets.heights[f] + 1),
+        }
+        there = {"host": (), "card": tuple(given), "both": ("y", "flip")}[where]
+        expected = cpu.render_placed(**given)
+        found = gpu.render_placed(**{n: cupy.asarray(v) if n in there else v for n, v in given.items()})
+        np.testing.assert_array_equal(found.image.get(), expected.image)
+        np.testing.assert_array_equal(found.mask.get(), expected.mask)
+        assert found.moments == expected.moments
+        assert isinstance(found.labels.x, cupy.ndarray if there else np.ndarray)
+    planned = gpu.render(range(len(gpu)))
+    given = {name: getattr(planned.labels, name) for name in ("background", "foreground", "flip", "x", "y")}
+    placed = gpu.render_placed(**given)
+    assert (placed.image == planned.image).all() and (placed.mask == planned.mask).all()
+    assert placed.moments == planned.moments
+
+
+def test_placements_on_the_card_are_checked_there():
+    import cupy
+
+    gpu = Compositor(made(64, 48), SMALL, "cuda")
+    good = dict.fromkeys(("background", "foreground", "flip", "x", "y"), cupy.zeros(5, cupy.int32))
+    with cupy.cuda.Stream(non_blocking=True):
+        for name, value in {"background": 3, "foreground": -1, "x": 64, "y": 2**40}.items():
+            wrong = cupy.zeros(5, cupy.int64)
+            wrong[2] = wrong[4] = value
+            with pytest.raises(OptionError, match=f"{name}: sample 2: got {value}, expected 0 to"):
+                gpu.render_placed(**good | {name: wrong})
+        assert gpu.render_placed(**good).image.shape == (5, 48, 64, 3)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 3), (5, 33, 17), (3, 224, 224, 3)])
+def test_mean_and_std_of_arrays_on_the_card(shape):
+    import cupy
+
+    class ByDlpack:
+        def __init__(self, array):
+            self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+    batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for form in (cupy.asarray(batch), ByDlpack(cupy.asarray(batch)), cupy.asarray(np.repeat(batch, 2, axis=0))[::2]):
+        assert mean_std(form) == mean_std(batch)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])

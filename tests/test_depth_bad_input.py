@@ -226,7 +226,8 @@ def test_truncated_onnx(refused_everywhere, model):
 
 def test_onnx_under_another_name(refused, arguments, model):
     other = model.rename(model.with_name("model.bin"))
-    assert f"{other}: an ONNX model" in refused(*arguments, f"--depth={other}", "--depth-size=64")
+    error = refused(*arguments, f"--depth={other}", "--depth-size=64")
+    assert error.endswith(f"{other}: an ONNX model, not Keras weights: rename the file to model.onnx")
 
 
 def test_a_size_that_the_file_does_not_take(refused_everywhere, tmp_path):
@@ -412,6 +413,20 @@ def test_tensorrt_without_a_card(refused, arguments, model, pictures):
     expected = "--depth-backend tensorrt: needs a CUDA device: use --depth-backend onnxruntime"
     assert expected in refused(*arguments, f"--depth={model}", "--depth-backend=tensorrt")
     assert expected in refused("depth", pictures, f"--weights={model}", "--depth-backend=tensorrt", "--device=cpu")
+
+
+def test_build_without_a_card(refused, model, monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda index=0: f"there is no device {index}")
+    for device, number in (("auto", 0), ("cuda", 0), ("cuda:3", 3)):
+        assert refused("depth", "build", f"--weights={model}", f"--device={device}") == (
+            f"gpufgbg: error: device {'cuda' if device == 'auto' else device}: there is no device {number}; engines "
+            "are built on the machine that has the card"
+        )
+
+
+def test_the_frame_is_for_build(refused, model, pictures):
+    error = refused("depth", pictures, f"--weights={model}", "--frame=64x48")
+    assert error == "gpufgbg: error: --frame: is for build: a data set or a folder of pictures has its own"
 
 
 def test_build_is_for_tensorrt(refused, model, tmp_path):

@@ -475,6 +475,8 @@ def test_preprocess_refuses(option, arguments):
         ("scale", {"scale": -1}),
         ("scale", {"scale": np.inf}),
         ("scale", {"scale": 1e-50}),
+        ("scale", {"scale": 1e39}),
+        ("scale", {"scale": np.float64(1e300)}),
         ("scale", {"scale": "10"}),
         ("out.range", {"out": Maps(np.zeros((2, 8, 8), np.uint8), np.zeros(2, np.float32), np.zeros(2, np.int32))}),
         ("out.faults", {"out": Maps(None, None, np.zeros(2, np.int64))}),

@@ -214,7 +214,7 @@ def archive(*names: str) -> bytes:
         ("nyu.h5", b"\n<!DOCTYPE html><html>", "a web page or XML"),
         ("nyu.h5", b"<?xml version='1.0'?><Error>", "a web page or XML"),
         ("nyu.h5", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        ("nyu.h5", b"\x08\x08\x12\x07pytorch\x1a", "an ONNX model, not Keras weights: pass it as such"),
+        ("nyu.h5", b"\x08\x08\x12\x07pytorch\x1a", "an ONNX model, not Keras weights: rename the file to nyu.onnx"),
         ("nyu.onnx", b"\x0a\x01xyz", "an ONNX model, not Keras weights: pass it as such"),
         ("nyu.pth", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "a Python pickle, as PyTorch saves"),
         ("nyu.pt", archive("archive/data.pkl", "archive/data/0"), "a PyTorch file"),

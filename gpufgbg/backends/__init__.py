@@ -31,7 +31,10 @@ class Backend(Protocol):
         """Uninitialised composites (count, H, W, 3) and masks (count, H, W), uint8, for `render` to fill."""
 
     def render(self, placements: Placements, composites: Any, masks: Any) -> PendingMoments:
-        """Fill composites and masks of N placements; the result gives their moments."""
+        """Fill composites and masks of N placements of the recipe's plan; the result gives their moments."""
+
+    def render_placed(self, placements: Placements, composites: Any, masks: Any) -> PendingMoments:
+        """Like `render`, of any placements that lie inside the frame; their index and repetition have no say."""
 
 
 class PendingMoments(Protocol):

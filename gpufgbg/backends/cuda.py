@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaBackend", "CudaJpeg", "count_devices", "moments"]
 
-_MODULES = ("composite", "depth", "jpeg", "moments")
+_MODULES = ("composite", "depth", "jpeg", "moments", "normalise")
 _FLIP_MODES = {"never": 0, "always": 1, "both": 2}
 _COMPOSITE_THREADS, _MOMENTS_THREADS = 256, 192
 # kernels/jpeg.cu: MCUs of a chunk, and sampling factors, by mode
 _MODES = {"grey": (192, 1, 1), "444": (64, 1, 1), "422": (32, 2, 1), "420": (32, 2, 2)}
 _CLASS_ENTRIES, _HEADER_STRIDE, _SETUP_BYTES, _RECONSTRUCT_THREADS = 272, 640, 4096, 128
 _MAX_SIDE = 65_500  # libjpeg's limit
+_DLPACK_CARD = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _modules: dict[tuple[int, str], Any] = {}
 _lock = threading.Lock()
 
@@ -87,6 +88,25 @@ def kernel(stem: str, name: str) -> Any:
 
 def _pointer(array: Any) -> Any:
     return np.uint64(0) if array is None else array
+
+
+def is_on_card(array: Any) -> bool:
+    """Whether an object is an array in a card's memory, by ``__cuda_array_interface__`` or DLPack."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return True
+    return hasattr(array, "__dlpack_device__") and int(array.__dlpack_device__()[0]) in _DLPACK_CARD
+
+
+def as_array(array: Any) -> Any:
+    """An array of any kind as NumPy's or, where it lies in a card's memory, as CuPy's."""
+    if not is_on_card(array):
+        by_dlpack = hasattr(array, "__dlpack__") and not hasattr(array, "__array__")
+        return np.from_dlpack(array) if by_dlpack else np.asarray(array)
+    try:
+        import cupy
+    except ImportError:
+        raise DeviceError(f"an array is in a card's memory: {why_not()}") from None
+    return cupy.asarray(array) if hasattr(array, "__cuda_array_interface__") else cupy.from_dlpack(array)
 
 
 def moments(pictures: Any) -> Moments:
@@ -379,17 +399,25 @@ class CudaBackend:
                 first = int(index[0])
                 in_order = n == 1 or bool((np.diff(index) == 1).all())
                 indices = None if in_order else cupy.asarray(index)
-                # Two bands of rows a sample write fastest; more where there are too few samples to fill the card.
-                resident = self.device.attributes["MultiProcessorCount"] * 4
-                bands = min(recipe.height, max(2, resident // n))
                 kernel("composite", "composite")(
-                    (n, bands), (_COMPOSITE_THREADS,),
-                    (self._backgrounds, self._foregrounds, self._masks, self._offsets, self._widths, self._heights,
-                     np.int32(recipe.width), np.int32(recipe.height), np.int32(self.assets.n_foregrounds),
-                     np.int32(recipe.per_pair), np.int32(_FLIP_MODES[recipe.flip]), np.uint64(recipe.seed),
-                     _pointer(indices), np.int64(first), np.int32(n), composites, masks, _pointer(None), changes),
+                    self._grid(n), (_COMPOSITE_THREADS,),
+                    (*self._packed(), np.int32(self.assets.n_foregrounds), np.int32(recipe.per_pair),
+                     np.int32(_FLIP_MODES[recipe.flip]), np.uint64(recipe.seed), _pointer(indices), np.int64(first),
+                     np.int32(n), composites, masks, _pointer(None), changes),
                 )  # fmt: skip
         return Pending(self, placements, changes)
+
+    def _packed(self) -> tuple[Any, ...]:
+        """The first arguments of both kernels: the assets and the frame's size."""
+        return (
+            self._backgrounds, self._foregrounds, self._masks, self._offsets, self._widths, self._heights,
+            np.int32(self.recipe.width), np.int32(self.recipe.height),
+        )  # fmt: skip
+
+    def _grid(self, n: int) -> tuple[int, int]:
+        """Samples and bands of rows: two a sample write fastest; more where there are too few to fill the card."""
+        resident = self.device.attributes["MultiProcessorCount"] * 4
+        return n, min(self.recipe.height, max(2, resident // n))
 
     def render(self, placements: Placements, composites: Any, masks: Any) -> Pending:
         """Fill composites (N, H, W, 3) and masks (N, H, W) of N placements, without waiting.
@@ -398,16 +426,42 @@ class CudaBackend:
         """
         return self.launch(placements, composites, masks)
 
+    def render_placed(self, placements: Placements, composites: Any, masks: Any) -> Pending:
+        """Like `render`, of the caller's placements, whose arrays are all the host's or all this card's.
+
+        Nothing is checked: a placement outside the frame, or of a picture that is not there, writes to memory that
+        is not the batch's. Placements in the card's memory stay there until their moments are asked for.
+        """
+        import cupy
+
+        n = len(placements)
+        columns = [placements.background, placements.foreground, placements.flip, placements.x, placements.y]
+        with self.device:
+            changes = cupy.zeros(6, np.uint64)
+            if n:
+                if is_on_card(placements.x):
+                    table = cupy.empty((n, len(columns)), np.int32)
+                    for i, column in enumerate(columns):
+                        table[:, i] = column
+                else:
+                    table = cupy.asarray(np.stack(columns, 1, dtype=np.int32))
+                kernel("composite", "composite_placed")(
+                    self._grid(n), (_COMPOSITE_THREADS,),
+                    (*self._packed(), table, np.int32(n), composites, masks, changes),
+                )  # fmt: skip
+        return Pending(self, placements, changes)
+
     def add_up(self, placements: Placements, changes: Any) -> dict[str, Moments]:
         """Exact moments from what the kernel changed of the backgrounds."""
         count = len(placements)
         if not count:
             return {"composite": Moments(), "composite_mask": Moments()}
         pixels = count * self.recipe.width * self.recipe.height
-        counts = np.bincount(placements.background, minlength=len(self._background_sums)).tolist()
+        columns: list[Any] = [placements.background, placements.foreground]
+        background, f = (column.get() if is_on_card(column) else column for column in columns)
+        counts = np.bincount(background, minlength=len(self._background_sums)).tolist()
         old = [sum(c * row[k] for c, row in zip(counts, self._background_sums, strict=True)) for k in range(6)]
         total = [int(o) + int(np.int64(c)) for o, c in zip(old, np.asarray(changes).view(np.int64), strict=True)]
-        f = placements.foreground
         return {
             "composite": Moments(count, pixels, tuple(total[:3]), tuple(total[3:])),
             "composite_mask": Moments(

@@ -387,7 +387,7 @@ def postprocess(
     if meaning not in MEANINGS:
         raise OptionError("meaning", f"got {meaning!r}, expected one of {', '.join(MEANINGS)}")
     limits = np.finfo(np.float32)
-    if not isinstance(scale, numbers.Real) or not limits.tiny <= float(scale) <= limits.max:
+    if not isinstance(scale, numbers.Real) or not float(limits.tiny) <= float(scale) <= float(limits.max):
         raise OptionError("scale", f"got {scale!r}, expected a positive number of metres")
     if out is not None and (out.metres is not None) != metres:
         raise OptionError("out", f"got Maps {'without' if metres else 'with'} metres, with metres={metres}")

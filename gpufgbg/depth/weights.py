@@ -193,6 +193,8 @@ def _foreign(path: Path, head: bytes) -> str | None:
     if head.lstrip()[:1] == b"<":
         return f"a web page or XML, so the download went wrong; {expected}"
     if path.suffix.lower() == ".onnx" or re.match(rb"\x08[\x03-\x1f][\x12\x1a\x2a\x3a\x42]", head):
+        if path.suffix.lower() != ".onnx":
+            return f"an ONNX model, not Keras weights: rename the file to {printable(path.with_suffix('.onnx').name)}"
         return f"an ONNX model, not Keras weights: pass it as such; {expected}"
     if head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return f"a Python pickle, as PyTorch saves; {expected}"

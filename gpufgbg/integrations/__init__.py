@@ -1,0 +1,5 @@
+"""The stream inside other people's frameworks: PyTorch, JAX, DALI. Each module needs its framework, and says so."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

@@ -1,0 +1,82 @@
+"""What all integrations do to a batch: its arrays in a chosen layout, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpufgbg.depth.processing import Triple
+from gpufgbg.exceptions import OptionError
+from gpufgbg.normalise import check, normalise
+from gpufgbg.streaming import StreamBatch, aligned
+
+__all__ = ["LAYOUTS", "Conversion"]
+
+LAYOUTS = ("uint8 NHWC", "float NCHW", "float NHWC")
+_LABELS = ("background", "foreground", "repetition", "flip", "x", "y")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a batch is handed over.
+
+    Parameters
+    ----------
+    layout : {"uint8 NHWC", "float NCHW", "float NHWC"}
+        Of the images: as they are made, without a copy, or normalised, in one pass.
+    mean, std : float or (float, float, float)
+        For float: ``(value / 255 - mean) / std``, over values scaled to 0..1.
+    dtype : {"float32", "float16", "bfloat16"}
+        For float.
+    labels : bool
+        Give background, foreground, repetition, flip, x and y too.
+
+    Raises
+    ------
+    OptionError
+        A value is out of range.
+    """
+
+    layout: str = "uint8 NHWC"
+    mean: float | Triple = 0.0
+    std: float | Triple = 1.0
+    dtype: str = "float32"
+    labels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise OptionError("layout", f"got {self.layout!r}, expected {', '.join(LAYOUTS)}")
+        if not isinstance(self.labels, bool):
+            raise OptionError("labels", f"got {self.labels!r}, expected True or False")
+        check(self.mean, self.std, self.dtype, "NCHW")
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether images come as the bits of bfloat16, in uint16."""
+        return self.layout != LAYOUTS[0] and self.dtype == "bfloat16"
+
+    def arrays(self, batch: StreamBatch) -> dict[str, Any]:
+        """NumPy's and CuPy's arrays of a batch by name, on CuPy's current stream.
+
+        ``image``, ``mask``, ``index``, with depth ``depth`` (grey levels), ``depth_range`` and ``metres``, with
+        ``labels`` their names.
+        """
+        image = batch.image
+        if self.layout != LAYOUTS[0]:
+            order = self.layout.split()[1]
+            out = None
+            if not hasattr(image, "__cuda_array_interface__"):
+                n, height, width, _ = image.shape
+                shape = (n, 3, height, width) if order == "NCHW" else image.shape
+                out = aligned(shape, np.uint16 if self.is_bfloat16 else self.dtype)
+            image = normalise(image, self.mean, self.std, dtype=self.dtype, layout=order, out=out)
+        found = {"image": image, "mask": batch.mask, "index": batch.index}
+        if batch.depth is not None:
+            found.update(depth=batch.depth.grey, depth_range=batch.depth.range)
+            if batch.depth.metres is not None:
+                found["metres"] = batch.depth.metres
+        if self.labels:
+            found.update((name, getattr(batch.labels, name)) for name in _LABELS)
+        return found

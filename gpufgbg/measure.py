@@ -1,0 +1,142 @@
+"""Exact mean and std of pictures wherever they are: in arrays, in folders, in data sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpufgbg.backends import cuda
+from gpufgbg.backends.cpu import moments
+from gpufgbg.compositor import check_workers
+from gpufgbg.exceptions import DatasetError, DeviceError, InputError, OptionError, printable
+from gpufgbg.layout import KINDS
+from gpufgbg.moments import Moments
+from gpufgbg.pictures import FORMATS, PictureError, quiet_decoding, raise_all, read_picture
+from gpufgbg.statistics import MEASURED, statistics
+
+__all__ = ["mean_std"]
+
+
+def mean_std(pictures: Any, kind: str | None = None, workers: int | None = None) -> Moments:
+    """Exact mean and standard deviation of pictures, over all their pixels.
+
+    Parameters
+    ----------
+    pictures : array or path
+        - (N, H, W) grey or (N, H, W, 3) RGB, uint8: NumPy's, CuPy's, or anything with ``__cuda_array_interface__`` or
+          DLPack. On a card it is counted there, on CuPy's current stream, which is waited for.
+        - A folder: every picture in it and below it, of any sizes. Where one has colours, grey ones count as RGB;
+          transparency is not looked at.
+        - With ``kind``, a data set: a folder tree, a zip file or tar shards, not only ours.
+    kind : {"background", "composite", "composite_mask", "depth"}, optional
+        Whose pictures to take of a data set.
+    workers : int, optional
+        Threads that decode files, by default one a core.
+
+    Returns
+    -------
+    Moments
+        ``mean`` and ``std`` a channel, over values scaled to 0..1, and the integer sums that they come from; results
+        of several calls add up. Both are empty where there are no pixels.
+
+    Raises
+    ------
+    InputError
+        Another shape or dtype; or there are no pictures in the folder, or some can't be decoded: all are named.
+    DatasetError
+        There is no such data set, none of the kind in it, or a picture of it can't be decoded.
+    OptionError, DeviceError
+        A parameter is out of range; or the array is on a card and CuPy or the kernels are missing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> found = mean_std(np.arange(256, dtype=np.uint8).reshape(1, 16, 16))
+    >>> found.mean, found.images
+    ((0.5,), 1)
+    """
+    threads = check_workers(workers)
+    if kind is not None and kind not in MEASURED:
+        raise OptionError("kind", f"got {kind!r}, expected one of {', '.join(MEASURED)}")
+    if isinstance(pictures, (str, os.PathLike)):
+        return _of_folder(Path(pictures), threads) if kind is None else _of_dataset(pictures, kind, threads)
+    if kind is not None:
+        raise OptionError("kind", f"got {kind!r} with an array, expected it with a data set's path")
+    return _of_array(pictures)
+
+
+def _of_array(pictures: Any) -> Moments:
+    array = cuda.as_array(pictures)
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[3:] not in ((), (3,)):
+        raise InputError(f"pictures: got {array.dtype} {array.shape}, expected uint8 (N, H, W) or (N, H, W, 3)")
+    if not array.size:
+        return Moments()
+    if not cuda.is_on_card(array):
+        return moments(array)
+    reason = cuda.why_not(array.device.id)
+    if reason is not None:
+        raise DeviceError(f"pictures: got an array in the memory of a card: {reason}")
+    with array.device:
+        return cuda.moments(array)
+
+
+def _of_dataset(path: str | os.PathLike[str], kind: str, threads: int) -> Moments:
+    found = statistics(path, threads, kinds=(kind,))
+    if kind not in found:
+        raise DatasetError(f"{printable(path)}: no pictures of kind {kind} in it")
+    return found[kind].moments
+
+
+def _of_folder(folder: Path, threads: int) -> Moments:
+    if not folder.is_dir():
+        raise InputError(
+            f"{printable(folder)}: no such folder: expected a folder of pictures, or a data set with kind"
+        )
+    if any((folder / name).is_dir() for name in KINDS.values()):
+        raise OptionError("kind", f"{printable(folder)} is a data set: expected one of {', '.join(MEASURED)}")
+    problems: list[str] = []
+    grey, colour = Moments(), Moments()
+    paths = _listed(folder, problems)
+    with quiet_decoding(), ThreadPoolExecutor(threads) as pool:
+        while chunk := list(islice(paths, 16 * threads)):
+            for found in pool.map(_measured, chunk):
+                if isinstance(found, str):
+                    problems.append(found)
+                elif len(found.sum) == 1:
+                    grey += found
+                else:
+                    colour += found
+    raise_all(problems)
+    if not grey.images + colour.images:
+        raise InputError(f"{printable(folder)}: no pictures in it: expected {', '.join(sorted(FORMATS))}")
+    if not colour.images:
+        return grey
+    return colour + Moments(grey.images, grey.pixels, 3 * grey.sum, 3 * grey.sum_of_squares)
+
+
+def _listed(folder: Path, problems: list[str]) -> Iterator[Path]:
+    """The pictures in a folder and below it but for hidden ones; what can't be read is added to ``problems``."""
+
+    def refused(error: OSError) -> None:
+        problems.append(f"{printable(error.filename or folder)}: can't be read: {error.strerror}")
+
+    for parent, folders, names in os.walk(folder, onerror=refused):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if Path(name).suffix.lower() in FORMATS and not name.startswith("."):
+                yield Path(parent, name)
+
+
+def _measured(path: Path) -> Moments | str:
+    """A picture's moments, or what is wrong with it. Call it inside `quiet_decoding`."""
+    try:
+        image = read_picture(path).image
+    except PictureError as error:
+        return f"{printable(path)}: {error}"
+    return moments(np.asarray(image.convert("L" if image.mode == "L" else "RGB"))[None])

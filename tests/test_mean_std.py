@@ -1,0 +1,112 @@
+"""mean_std of arrays, folders and data sets: NumPy's and Pillow's own pixels are the judge. Cards: test_cuda.py."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import smooth
+from PIL import Image
+
+from gpufgbg import DatasetError, InputError, Moments, OptionError, Recipe, generate, mean_std
+
+
+@pytest.mark.parametrize("shape", [(3, 17, 5), (2, 8, 9, 3), (1, 1, 1)])
+def test_arrays(shape):
+    batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    found = mean_std(batch)
+    assert found == mean_std(batch[:, ::-1]) == Moments.of(batch)
+    np.testing.assert_allclose(found.mean, (batch / 255).mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(found.std, (batch / 255).std(axis=(0, 1, 2)), rtol=1e-9, atol=1e-12)
+    assert mean_std(batch[:1]) + mean_std(batch[1:]) == found
+
+
+def test_an_array_that_speaks_dlpack_alone():
+    class ByDlpack:
+        def __init__(self, array):
+            self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+    batch = np.random.default_rng(0).integers(0, 256, (2, 8, 9, 3), dtype=np.uint8)
+    assert mean_std(ByDlpack(batch)) == Moments.of(batch)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 3), (0, 4, 5), (2, 0, 5, 3)])
+def test_no_pixels(shape):
+    assert mean_std(np.empty(shape, np.uint8)) == Moments() and mean_std(np.empty(shape, np.uint8)).mean == ()
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((2, 3, 4, 4), np.uint8), np.zeros((2, 3, 4, 3)), np.zeros((3, 4), np.uint8), 7, None, [["a"]]]
+)
+def test_other_arrays_are_refused(wrong):
+    with pytest.raises(InputError, match=r"pictures: got .*expected uint8 \(N, H, W\) or \(N, H, W, 3\)"):
+        mean_std(wrong)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Colour pictures of three kinds and a grey one in folders, and files that are none of them."""
+    rng = np.random.default_rng(1)
+    made = {
+        "a.jpg": smooth(rng, 40, 30, 3),
+        "b/c.png": smooth(rng, 7, 9, 4),
+        "b/d/e.TIFF": smooth(rng, 12, 5, 3),
+        "f.png": smooth(rng, 20, 10, 1)[..., 0],
+    }
+    for name, pixels in made.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    (tmp_path / "photos" / "notes.txt").write_text("dear")
+    (tmp_path / "photos" / ".hidden.png").write_bytes(b"no picture")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_folder(folder, workers):
+    images = [Image.open(path) for path in folder.rglob("[a-f].*")]
+    expected = Moments.total(Moments.of(np.asarray(image.convert("RGB"))[None]) for image in images)
+    assert mean_std(folder, workers=workers) == mean_std(str(folder)) == expected and expected.images == 4
+
+
+def test_a_folder_of_grey_pictures(folder):
+    shutil.rmtree(folder / "b")
+    (folder / "a.jpg").unlink()
+    assert mean_std(folder) == Moments.of(np.asarray(Image.open(folder / "f.png"))[None])
+
+
+def test_folders_that_can_not_be_measured(folder, tmp_path):
+    (folder / "b" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "worse.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"2 problems.*worse\.jpg.*bad\.png"):
+        mean_std(folder)
+    (tmp_path / "empty").mkdir()
+    for path, message in {"empty": "no pictures in it", "none": "no such folder", "": "no such folder"}.items():
+        with pytest.raises(InputError, match=message):
+            mean_std(tmp_path / path / "x" if not path else tmp_path / path)
+
+
+@pytest.mark.parametrize("sink", ["tree", "zip", "tar"])
+def test_data_sets(folders, tmp_path, sink):
+    out = tmp_path / "out"
+    generate(out, **folders, recipe=Recipe(size=(64, 48), foreground_height=20, per_pair=1), sink=sink, device="cpu")
+    generate(
+        tmp_path / "tree", **folders, recipe=Recipe(size=(64, 48), foreground_height=20, per_pair=1), device="cpu"
+    )
+    for kind, name in (("composite", "fg_bg"), ("composite_mask", "fg_bg_masks"), ("background", "bg")):
+        assert mean_std(out, kind) == mean_std(tmp_path / "tree" / name)
+    assert mean_std(out, "composite", workers=1).images == 24
+    with pytest.raises(DatasetError, match="no pictures of kind depth in it"):
+        mean_std(out, "depth")
+    with pytest.raises(OptionError, match="is a data set: expected one of background, composite,"):
+        mean_std(out)
+
+
+def test_kinds_that_are_refused(tmp_path):
+    with pytest.raises(OptionError, match="kind: got 'foreground', expected one of background"):
+        mean_std(tmp_path, "foreground")
+    with pytest.raises(OptionError, match="kind: got 'composite' with an array"):
+        mean_std(np.zeros((1, 2, 2), np.uint8), "composite")
+    with pytest.raises(DatasetError, match="no such file or folder"):
+        mean_std(tmp_path / "none", "composite")
