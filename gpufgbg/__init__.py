@@ -12,6 +12,7 @@ from gpufgbg._version import __version__
 
 if TYPE_CHECKING:
     from gpufgbg.assets import Assets, prepare
+    from gpufgbg.blend import Blend
     from gpufgbg.compositor import Batch, Compositor
     from gpufgbg.depth.model import DepthMaps, DepthModel
     from gpufgbg.depth.options import DepthOptions
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Assets",
     "Batch",
+    "Blend",
     "Compositor",
     "DatasetError",
     "DepthMaps",
@@ -69,6 +71,7 @@ __all__ = [
 
 _MODULES = {
     "assets": ("Assets", "prepare"),
+    "blend": ("Blend",),
     "compositor": ("Batch", "Compositor"),
     "depth.model": ("DepthMaps", "DepthModel"),
     "depth.options": ("DepthOptions",),

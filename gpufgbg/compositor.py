@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from gpufgbg.backends.cuda import as_array, is_on_card
 from gpufgbg.exceptions import InputError, OptionError
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Placements, Plan, Recipe
+
+if TYPE_CHECKING:
+    from gpufgbg.blend import Blend
 
 __all__ = ["Batch", "Compositor", "default_workers"]
 
@@ -78,6 +81,9 @@ class Compositor:
     device : {"auto", "cpu", "cuda", "cuda:N"}
     workers : int, optional
         Threads that render, by default one a core.
+    blend : Blend or callable, optional
+        ``blend(fg, bg, alpha, x, y) -> value`` in place of the foreground's alpha, which masks keep; see
+        `gpufgbg.blend`. On a card it needs the extra ``blend``.
 
     Raises
     ------
@@ -100,6 +106,7 @@ class Compositor:
         recipe: Recipe | None = None,
         device: str = "auto",
         workers: int | None = None,
+        blend: Blend | Callable[..., Any] | None = None,
     ) -> None:
         self.assets = assets
         self.recipe = recipe or Recipe()
@@ -111,7 +118,11 @@ class Compositor:
             )
         self.plan = Plan(self.recipe, assets.n_backgrounds, assets.widths, assets.heights)
         self.workers = check_workers(workers)
-        self.backend = backends.select(device, assets, self.recipe)
+        if blend is not None:
+            from gpufgbg.blend import Blend
+
+            blend = blend if isinstance(blend, Blend) else Blend(blend)
+        self.backend = backends.select(device, assets, self.recipe, blend)
 
     def __len__(self) -> int:
         """Number of samples in the whole data set."""

@@ -20,11 +20,21 @@
 //   window is counted, where both bytes are in registers.
 // Frames whose width is no multiple of 16, or arrays that are not aligned to 16 bytes, take a thread a pixel.
 //
+// A function of the user's own in place of the blend: this file with GPUFGBG_USER_BLEND, as LTO-IR, which
+// gpufgbg/blend.py links with the function's. All else is the same, the mask too.
+//
 // Limits: frames up to 16,384 a side (a picture's bytes are numbered with 32 bits), foregrounds inside the frame.
 #include "blend.cuh"
 #include "philox.cuh"
 
 using namespace gpufgbg;
+
+#if defined(GPUFGBG_USER_BLEND)
+// A composite's byte, 0 to 255, from the foreground's and the background's, the foreground's straight alpha, each 0
+// to 255, and the pixel's place in the frame. Called for each channel of each pixel of the foreground's rectangle.
+extern "C" __device__ int32_t gpufgbg_blend(int32_t foreground, int32_t background, int32_t alpha, int32_t x,
+                                            int32_t y);
+#endif
 
 namespace {
 
@@ -160,6 +170,20 @@ __device__ __forceinline__ void fill_around(const Window& window, int32_t top, i
     }
 }
 
+// Six pixels byte after byte: red, green, blue of each in colour, and as often its alpha. A pixel is a word, red in
+// its low byte, alpha in its high one.
+__device__ __forceinline__ void spread(const uint32_t (&p)[kVectorPixels], uint32_t (&colour)[5],
+                                       uint32_t (&alpha)[5]) {
+    colour[0] = __byte_perm(p[0], p[1], 0x4210), colour[1] = __byte_perm(p[1], p[2], 0x5421);
+    colour[2] = __byte_perm(p[2], p[3], 0x6542), colour[3] = __byte_perm(p[4], p[5], 0x4210);
+    colour[4] = p[5] >> 8;
+    alpha[0] = __byte_perm(p[0], p[1], 0x7333), alpha[1] = __byte_perm(p[1], p[2], 0x7733);
+    alpha[2] = __byte_perm(p[2], p[3], 0x7773), alpha[3] = __byte_perm(p[4], p[5], 0x7333);
+    alpha[4] = __byte_perm(p[5], p[5], 0x7733);
+}
+
+#if !defined(GPUFGBG_USER_BLEND)
+
 // blend() of four bytes: a byte dot product (old, over) . (255 - alpha, alpha) each, and div255() in lanes of 16
 // bits, which neither 255 * 255 + 128 nor that plus its high byte leaves.
 __device__ __forceinline__ uint32_t blend_four(uint32_t old, uint32_t over, uint32_t alpha) {
@@ -175,23 +199,51 @@ __device__ __forceinline__ uint32_t blend_four(uint32_t old, uint32_t over, uint
     return __byte_perm(first, second, 0x7531);
 }
 
-// Vector of a composite that begins with channel `phase` of the first of six pixels. A pixel is a word, red in its
-// low byte, alpha in its high one; 0 leaves the background as it is.
+// Vector of a composite that begins with channel `phase` of the first of six pixels; 0 leaves the background as it
+// is.
 __device__ __forceinline__ void blend_vector(const uint32_t (&pixel)[kVectorPixels], int32_t phase,
                                              const uint32_t (&old)[4], uint32_t (&blended)[4]) {
-    const uint32_t (&p)[kVectorPixels] = pixel;
-    // byte after byte: red, green, blue of each pixel, and as often its alpha
-    const uint32_t colour[5] = {__byte_perm(p[0], p[1], 0x4210), __byte_perm(p[1], p[2], 0x5421),
-                                __byte_perm(p[2], p[3], 0x6542), __byte_perm(p[4], p[5], 0x4210), p[5] >> 8};
-    const uint32_t alpha[5] = {__byte_perm(p[0], p[1], 0x7333), __byte_perm(p[1], p[2], 0x7733),
-                               __byte_perm(p[2], p[3], 0x7773), __byte_perm(p[4], p[5], 0x7333),
-                               __byte_perm(p[5], p[5], 0x7733)};
+    uint32_t colour[5], alpha[5];
+    spread(pixel, colour, alpha);
     const uint32_t shift = 8u * (uint32_t)phase;
 #pragma unroll
     for (int k = 0; k < 4; ++k)
         blended[k] = blend_four(old[k], __funnelshift_r(colour[k], colour[k + 1], shift),
                                 __funnelshift_r(alpha[k], alpha[k + 1], shift));
 }
+
+#else
+
+// Vector of a composite that begins with channel `phase` of the first of six pixels, and this with column x of the
+// sample's foreground. Where alpha is 0, the function may still change the background: the place tells what is
+// outside.
+__device__ __forceinline__ void blend_vector(const uint32_t (&pixel)[kVectorPixels], int32_t phase,
+                                             const uint32_t (&old)[4], uint32_t (&blended)[4], const Sample& sample,
+                                             int32_t x, int32_t y) {
+    uint32_t colour[5], alpha[5];
+    spread(pixel, colour, alpha);
+    const uint32_t shift = 8u * (uint32_t)phase;
+    const int32_t columns[3] = {x, x + (phase == 2), x + (phase >= 1)};  // of bytes 0, 1 and 2; one more each 3 bytes
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const uint32_t colours = __funnelshift_r(colour[k], colour[k + 1], shift);
+        const uint32_t alphas = __funnelshift_r(alpha[k], alpha[k + 1], shift);
+        uint32_t bytes[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int byte = 4 * k + i;
+            const int32_t column = columns[byte % 3] + byte / 3;
+            const int32_t over = (int32_t)(colours >> 8 * i & 255u), by = (int32_t)(alphas >> 8 * i & 255u);
+            const int32_t under = (int32_t)(old[k] >> 8 * i & 255u);
+            const bool inside = (uint32_t)column < (uint32_t)sample.width;
+            const int32_t made = gpufgbg_blend(over, under, by, sample.at.x + column, y);
+            bytes[i] = (uint32_t)(inside ? made : under);
+        }
+        blended[k] = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24;
+    }
+}
+
+#endif
 
 // Adds the 5 or 6 bytes of one channel in a vector, and their squares: bytes Start, Start + 3, ...
 template <int Start>
@@ -260,7 +312,11 @@ __device__ __forceinline__ void composite_vectors(const Assets& assets, const Sa
                 pixel[k] = flip ? loaded_pixel[kVectorPixels - 1 - k] : loaded_pixel[k];
             const uint32_t old[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
             uint32_t blended[4];
+#if !defined(GPUFGBG_USER_BLEND)
             blend_vector(pixel, phase, old, blended);
+#else
+            blend_vector(pixel, phase, old, blended, sample, x, row);
+#endif
             __stcs(composite + at, make_uint4(blended[0], blended[1], blended[2], blended[3]));
             if (part) count_vector(old, blended, phase, sums);
         }
@@ -323,7 +379,13 @@ __device__ __forceinline__ void render_pixels(const Assets& assets, const Sample
 #pragma unroll
             for (int c = 0; c < 3; ++c) {
                 const int32_t old = __ldg(picture + 3 * i + c);
+#if !defined(GPUFGBG_USER_BLEND)
                 const int32_t blended = blend((uint8_t)old, (uint8_t)(over >> 8 * c), (uint8_t)(over >> 24));
+#else
+                const int32_t colour = (int32_t)((over >> 8 * c) & 255u), alpha = (int32_t)(over >> 24);
+                const int32_t blended =
+                    inside ? gpufgbg_blend(colour, old, alpha, sample.at.x + x, sample.at.y + y) : old;
+#endif
                 composite[3 * i + c] = (uint8_t)blended;
                 sums[c] += blended - old;
                 sums[3 + c] += (blended - old) * (blended + old);

@@ -16,6 +16,7 @@ from gpufgbg.exceptions import OptionError
 
 if TYPE_CHECKING:
     from gpufgbg.assets import Assets
+    from gpufgbg.blend import Blend
     from gpufgbg.moments import Moments
     from gpufgbg.recipe import Placements, Recipe
 
@@ -68,13 +69,15 @@ def blended_mask_sums(assets: Assets) -> tuple[npt.NDArray[np.int64], npt.NDArra
     return np.add.reduceat(blended, starts, dtype=np.int64), squares
 
 
-def select(device: str, assets: Assets, recipe: Recipe) -> Backend:
+def select(device: str, assets: Assets, recipe: Recipe, blend: Blend | None = None) -> Backend:
     """The backend for ``device``, loaded with the assets.
 
     Parameters
     ----------
     device : {"auto", "cpu", "cuda", "cuda:N"}
         ``auto`` takes the first CUDA device where there is one, and the CPU elsewhere.
+    blend : Blend, optional
+        In place of the foreground's alpha.
 
     Raises
     ------
@@ -87,10 +90,10 @@ def select(device: str, assets: Assets, recipe: Recipe) -> Backend:
     if kind == "cuda" or (kind == "auto" and why_cpu(device) is None):
         from gpufgbg.backends.cuda import CudaBackend
 
-        return CudaBackend(assets, recipe, int(number or 0))
+        return CudaBackend(assets, recipe, int(number or 0), blend)
     from gpufgbg.backends.cpu import CpuBackend
 
-    return CpuBackend(assets, recipe)
+    return CpuBackend(assets, recipe, blend)
 
 
 def why_cpu(device: str) -> str | None:

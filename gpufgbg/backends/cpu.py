@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import imagecodecs
 import numba
@@ -20,6 +20,9 @@ from gpufgbg.assets import Assets
 from gpufgbg.backends import blended_mask_sums
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Placements, Recipe
+
+if TYPE_CHECKING:
+    from gpufgbg.blend import Blend
 
 __all__ = ["CpuBackend", "encode_jpeg", "moments", "reconstruct_jpeg"]
 
@@ -206,13 +209,20 @@ class CpuBackend:
         Kept by reference.
     recipe : Recipe
         Gives the frame's size; the backgrounds have it.
+    blend : Blend, optional
+        In place of the foreground's alpha.
     """
 
     name = "cpu"
 
-    def __init__(self, assets: Assets, recipe: Recipe) -> None:
+    def __init__(self, assets: Assets, recipe: Recipe, blend: Blend | None = None) -> None:
         self.assets = assets
         self.recipe = recipe
+        self._make_table, self._render = _make_table, _render
+        if blend is not None:
+            from gpufgbg.backends import cpu_blend
+
+            self._make_table, self._render = cpu_blend.make_table, cpu_blend.make_render(blend.cpu)
         frames = assets.backgrounds
         self._backgrounds = frames.reshape(len(frames), -1)
         parts = [moments(frame[None]) for frame in frames]
@@ -240,7 +250,7 @@ class CpuBackend:
             start, count = int(starts[i]), counts[i]
             source = slice(int(assets.offsets[f]), int(assets.offsets[f + 1]))
             wide = slice(3 * start, 3 * (start + count))
-            _make_table(
+            self._make_table(
                 assets.foregrounds[source], assets.masks[source], int(assets.widths[f]), flip,
                 keep[wide], add[wide], matte[start : start + count], spans[rows[i] : rows[i + 1]],
             )  # fmt: skip
@@ -278,7 +288,7 @@ class CpuBackend:
         if held is None:
             held = np.full((count, 5), -1, np.int64)
         sums = np.zeros((2, 3), np.int64)
-        _render(
+        self._render(
             self._backgrounds, placements.background, *tables, starts[turn], rows[turn],
             assets.widths[foreground], assets.heights[foreground], placements.x, placements.y,
             self.recipe.width, held, composites.reshape(count, -1), masks.reshape(count, -1), sums,

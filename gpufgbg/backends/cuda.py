@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpufgbg.backends import blended_mask_sums
+from gpufgbg.backends.cuda_blend import CardBlend
 from gpufgbg.exceptions import DeviceError, InputError
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Placements, Recipe
 
 if TYPE_CHECKING:
     from gpufgbg.assets import Assets
+    from gpufgbg.blend import Blend
 
 __all__ = ["CudaBackend", "CudaJpeg", "count_devices", "moments"]
 
@@ -334,6 +336,8 @@ class CudaBackend:
     recipe : Recipe
     index : int
         The CUDA device's number.
+    blend : Blend, optional
+        In place of the foreground's alpha.
 
     Raises
     ------
@@ -341,7 +345,7 @@ class CudaBackend:
         The device can't be used; the message says why and what to do.
     """
 
-    def __init__(self, assets: Assets, recipe: Recipe, index: int = 0) -> None:
+    def __init__(self, assets: Assets, recipe: Recipe, index: int = 0, blend: Blend | None = None) -> None:
         reason = why_not(index)
         if reason is not None:
             raise DeviceError(f"device cuda:{index}: {reason}; or use --device cpu")
@@ -352,6 +356,7 @@ class CudaBackend:
         self.recipe = recipe
         self.assets = assets
         self.device = cupy.cuda.Device(index)
+        self._blend = None if blend is None else CardBlend(blend, self.device)
         try:
             with self.device:
                 self._load(assets)
@@ -399,13 +404,17 @@ class CudaBackend:
                 first = int(index[0])
                 in_order = n == 1 or bool((np.diff(index) == 1).all())
                 indices = None if in_order else cupy.asarray(index)
-                kernel("composite", "composite")(
+                self._kernel("composite")(
                     self._grid(n), (_COMPOSITE_THREADS,),
                     (*self._packed(), np.int32(self.assets.n_foregrounds), np.int32(recipe.per_pair),
                      np.int32(_FLIP_MODES[recipe.flip]), np.uint64(recipe.seed), _pointer(indices), np.int64(first),
                      np.int32(n), composites, masks, _pointer(None), changes),
                 )  # fmt: skip
         return Pending(self, placements, changes)
+
+    def _kernel(self, name: str) -> Any:
+        """``composite`` or ``composite_placed``, with the user's blend where there is one."""
+        return kernel("composite", name) if self._blend is None else self._blend.kernel(name)
 
     def _packed(self) -> tuple[Any, ...]:
         """The first arguments of both kernels: the assets and the frame's size."""
@@ -445,7 +454,7 @@ class CudaBackend:
                         table[:, i] = column
                 else:
                     table = cupy.asarray(np.stack(columns, 1, dtype=np.int32))
-                kernel("composite", "composite_placed")(
+                self._kernel("composite_placed")(
                     self._grid(n), (_COMPOSITE_THREADS,),
                     (*self._packed(), table, np.int32(n), composites, masks, changes),
                 )  # fmt: skip

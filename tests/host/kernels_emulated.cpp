@@ -78,6 +78,7 @@ void run_composite_placed(int32_t blocks, int32_t bands, const uint8_t* backgrou
     });
 }
 
+#if !defined(GPUFGBG_USER_BLEND)
 // out (256, 256) uint8, rows by background, columns by foreground: four bytes at a time, in all four lanes
 void blend_all_by_four(int32_t alpha, uint8_t* out) {
     for (uint32_t background = 0; background < 256; ++background)
@@ -92,6 +93,7 @@ void blend_all_by_four(int32_t alpha, uint8_t* out) {
             out[256 * background + foreground] = (uint8_t)(blended >> 8 * lane);
         }
 }
+#endif
 
 void run_moments(int32_t blocks, const uint8_t* pictures, int64_t count, int32_t channels, unsigned long long* sums) {
     emulator::launch(blocks, 1, moments_cu::kThreads, [=] { moments_cu::moments(pictures, count, channels, sums); });
