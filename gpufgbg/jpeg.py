@@ -167,9 +167,9 @@ def _on_card(images: Any) -> Any:
     """Pictures as a contiguous CuPy array on the current device."""
     import cupy
 
-    if hasattr(images, "__dlpack__") and not hasattr(images, "__cuda_array_interface__"):
-        images = cupy.asarray(images) if isinstance(images, np.ndarray) else cupy.from_dlpack(images)
-    return cupy.ascontiguousarray(cupy.asarray(images))
+    from gpufgbg.backends.cuda import as_array
+
+    return cupy.ascontiguousarray(cupy.asarray(as_array(images)))
 
 
 def _on_host(array: Any) -> Any:

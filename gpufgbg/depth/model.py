@@ -169,10 +169,11 @@ class DepthModel:
         else:
             import cupy
 
+            from gpufgbg.backends.cuda import as_array
+
             with cupy.cuda.Device(self.index):
-                if hasattr(images, "__dlpack__") and not hasattr(images, "__cuda_array_interface__"):
-                    images = cupy.asarray(images) if isinstance(images, np.ndarray) else cupy.from_dlpack(images)
-                maps = self.maps(cupy.ascontiguousarray(_checked(cupy.asarray(images))), metres)
+                pictures = _checked(cupy.asarray(as_array(images)))
+                maps = self.maps(cupy.ascontiguousarray(pictures), metres)
         self.check(maps.faults)
         return DepthMaps(maps.grey, maps.range, maps.metres)
 
