@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from gpufgbg.backends.cpu import CpuBackend, decode_jpeg, encode_jpeg
 from gpufgbg.backends.cpu import moments as count
+from gpufgbg.depth.journal import DepthJournal, KeptDepth
 from gpufgbg.depth.options import DEPTH_JPEG
 from gpufgbg.labels import LabelJob
 from gpufgbg.manifest import Manifest, ShardRecord
@@ -30,6 +32,7 @@ __all__ = ["BATCH", "CpuPipeline"]
 
 BATCH = 32  # samples a worker renders at a time: their frames (6 MB at 224x224) stay in the cache
 _BATCH_BYTES = 16 << 20  # frames larger than the usual make smaller batches
+_PREDICTED = 4  # depth maps that are kept at a time: at DenseDepth's seconds a picture, what a kill may lose
 
 
 class CpuPipeline:
@@ -68,7 +71,7 @@ class CpuPipeline:
         self.workers = workers
         frame_bytes = 4 * plan.recipe.width * plan.recipe.height
         self.batch = batch_size or max(1, min(BATCH, _BATCH_BYTES // frame_bytes))
-        self.committer = Committer(sink, manifest)
+        self.manifest = manifest
         self.timeline: dict[str, float] = {}
         self.memory: dict[str, int] = {}
         self.transferred: dict[str, int] = {}
@@ -78,6 +81,8 @@ class CpuPipeline:
 
         Returns False: the label files are not written.
         """
+        journal = DepthJournal(self.manifest.journal, gaps) if self.depth else None
+        committer = Committer(self.sink, self.manifest, *([journal.forget] if journal else []))
         opened: deque[tuple[OpenShard, dict[str, Moments]]] = deque()
         pending: deque[tuple[bool, Future[Any]]] = deque()
         with ThreadPoolExecutor(self.workers, "render") as pool:
@@ -93,7 +98,7 @@ class CpuPipeline:
                     checksum = shard.close()
                     record = ShardRecord(shard.shard, checksum, shard.size_bytes, moments, shard.depth_ranges)
                     opened.popleft()
-                    self.committer.submit(record, shard.folder)
+                    committer.submit(record, shard.folder)
                 made(len(samples.placements))
 
             try:
@@ -101,13 +106,13 @@ class CpuPipeline:
                     current = OpenShard(self.plan, self.sink, shard, folder)
                     opened.append((current, {}))
                     for batch, last in self._batches(len(shard)):
-                        pending.append((last, pool.submit(self._make, current, batch)))
+                        pending.append((last, pool.submit(self._make, current, batch, journal)))
                         while len(pending) > 2 * self.workers + 2:
                             take()
                 while pending:
                     take()
                 begun = time.perf_counter()
-                self.committer.finish()
+                committer.finish()
                 self.timeline["samples: last commits"] = time.perf_counter() - begun
             except BaseException:
                 # What is closed is committed; what is under way is let go, after the batches that workers hold.
@@ -117,7 +122,7 @@ class CpuPipeline:
                 for left, _ in opened:
                     left.abandon()
                 with suppress(Exception):  # the first error is the one that counts
-                    self.committer.finish()
+                    committer.finish()
                 raise
         return False
 
@@ -126,26 +131,57 @@ class CpuPipeline:
             stop = min(start + self.batch, count)
             yield slice(start, stop), stop == count
 
-    def _make(self, shard: OpenShard, batch: slice) -> tuple[EncodedSamples, Any, dict[str, Moments]]:
+    def _make(
+        self, shard: OpenShard, batch: slice, journal: DepthJournal | None
+    ) -> tuple[EncodedSamples, Any, dict[str, Moments]]:
         """In a worker: render, encode and pack a batch."""
         backend = self.backend
         composites, masks, moments = backend.render_reusing(shard.placements[batch], self.batch)
         files = {"composite": backend.encode(composites), "composite_mask": backend.encode(masks)}
         ranges = None
-        if self.depth is not None:
-            files["depth"], ranges, moments["depth"] = self._depth(
-                composites, files["composite"], shard.shard.start + batch.start
-            )
+        if self.depth is not None and journal is not None:
+            first = shard.shard.start + batch.start
+            maps = _DepthOfBatch(self.depth, journal, shard.shard, composites, files["composite"], first).maps()
+            files["depth"] = [one.file for one in maps]
+            ranges = np.array([one.range for one in maps], np.float32)
+            moments["depth"] = Moments.total(one.moments for one in maps)
         samples = shard.samples(batch, files, ranges)
         return samples, self.sink.pack(samples, shard.folder), moments
 
-    def _depth(
-        self, composites: npt.NDArray[np.uint8], saved: list[bytes], first: int
-    ) -> tuple[list[bytes], npt.NDArray[np.float32], Moments]:
-        """Depth maps of samples ``first`` and on as files, their ranges and their moments."""
-        assert self.depth is not None
-        if self.depth.options.input == "saved":
-            composites = decode_jpeg(saved)
-        maps = self.depth.maps(composites)
-        self.depth.check(maps.faults, first)
-        return encode_jpeg(maps.grey, *DEPTH_JPEG), maps.range, count(maps.grey)
+
+@dataclass(frozen=True)
+class _DepthOfBatch:
+    """Depth maps of samples ``first`` and on of a shard: from the journal, or predicted and kept there."""
+
+    depth: DepthModel
+    journal: DepthJournal
+    shard: Shard
+    composites: npt.NDArray[np.uint8]
+    saved: list[bytes]
+    first: int
+
+    def maps(self) -> list[KeptDepth]:
+        """In order of samples."""
+        found = [self.journal.find(self.first + n) for n in range(len(self.saved))]
+        lacking = [n for n, kept in enumerate(found) if kept is None]
+        step = max(_PREDICTED, self.depth.batch)
+        for start in range(0, len(lacking), step):
+            part = lacking[start : start + step]
+            made = self._predicted(part)
+            self.journal.add(self.shard, made)
+            for n, kept in zip(part, made, strict=True):
+                found[n] = kept
+        return [kept for kept in found if kept is not None]
+
+    def _predicted(self, part: list[int]) -> list[KeptDepth]:
+        """Depth maps of these of the batch's composites."""
+        saved = self.depth.options.input == "saved"
+        pictures = decode_jpeg([self.saved[n] for n in part]) if saved else self.composites[part]
+        maps = self.depth.maps(pictures)
+        indices = [self.first + n for n in part]
+        self.depth.check(maps.faults, names=[f"picture {index}" for index in indices])
+        files = encode_jpeg(maps.grey, *DEPTH_JPEG)
+        return [
+            KeptDepth(index, file, (float(near), float(far)), count(grey[None]))
+            for index, file, (near, far), grey in zip(indices, files, maps.range, maps.grey, strict=True)
+        ]

@@ -5,6 +5,7 @@
     OUT/dataset.json                      recipe, assets, counts, statistics, shards; written last
     OUT/.gpufgbg/shards/START-STOP.json   one record a committed shard, small, written atomically
     OUT/.gpufgbg/depth/START-STOP.f32     with depth: least and greatest depth of each of its samples
+    OUT/.gpufgbg/journal/                 with depth on a CPU: maps of shards under way (`gpufgbg.depth.journal`)
     OUT/.gpufgbg/runs/START-STOP/         of a run under way: its lock and its unfinished shards
     OUT/.gpufgbg/scratch/                 files on their way to their names
     OUT/.gpufgbg/lock                     held while one process starts or finishes
@@ -152,6 +153,7 @@ class Manifest:
         self.out = out
         self.state = out / STATE
         self.scratch = self.state / "scratch"
+        self.journal = self.state / "journal"
         self._depth = self.state / "depth"
         self.file = out / "dataset.json"
 

@@ -17,9 +17,10 @@ from gpufgbg._version import versions
 from gpufgbg.assets import AssetFile, Assets, Sources, find_sources, prepare_sources
 from gpufgbg.backends import check_device
 from gpufgbg.compositor import Compositor, check_workers
+from gpufgbg.depth.journal import DepthJournal
 from gpufgbg.depth.options import DepthOptions
 from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, printable
-from gpufgbg.files import storage_errors, write_atomic
+from gpufgbg.files import remove_tree, storage_errors, write_atomic
 from gpufgbg.labels import LabelJob, mask_areas, publish_labels, write_labels
 from gpufgbg.layout import SAMPLE_KINDS, Layout
 from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, merged, missing, open_dataset
@@ -286,8 +287,10 @@ class _Run:
             return ""
         done = [record.shard for record in self.manifest.records() if self._is_whole(record)]
         total = _count(self._scope)
-        there = total - sum(_count(missing(part, done)) for part in self._scope)
-        return f"{there:,} of {total:,} samples are safe; "
+        lacking = [gap for part in self._scope for gap in missing(part, done)]
+        kept = len(DepthJournal(self.manifest.journal, lacking)) if self._options else 0
+        more = f" and the depth maps of {kept:,} more" if kept else ""
+        return f"{total - _count(lacking):,} of {total:,} samples{more} are safe; "
 
     def _is_whole(self, record: ShardRecord) -> bool:
         """Whether a committed shard has all that this run makes."""
@@ -658,6 +661,8 @@ def _finish(
             write_labels(ahead.folder, plan, ahead.areas, done, ranges)
         publish_labels(ahead.folder, manifest.out)
         manifest.write(latest)
+    if latest["complete"]:
+        remove_tree(manifest.journal)
     sink.finish(done)
     return latest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,11 +81,15 @@ class Committer:
     """Commits closed shards in a thread of its own: durable, visible, recorded, in this order.
 
     All shards that wait are made durable by one call, since one call for many files costs little more than for one.
+    ``committed`` is called with each shard in that thread, once it is recorded.
     """
 
-    def __init__(self, sink: Sink, manifest: Manifest) -> None:
+    def __init__(
+        self, sink: Sink, manifest: Manifest, committed: Callable[[Shard], None] = lambda shard: None
+    ) -> None:
         self._sink = sink
         self._manifest = manifest
+        self._committed = committed
         self._waiting: queue.SimpleQueue[tuple[ShardRecord, Path] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
@@ -119,5 +123,7 @@ class Committer:
                 for record, folder in closed:
                     self._sink.publish(folder, record.shard)
                 self._manifest.record([record for record, _ in closed])
+                for record, _ in closed:
+                    self._committed(record.shard)
             except BaseException as error:  # raised again in the thread that hands shards in
                 self._error = error

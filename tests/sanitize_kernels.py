@@ -18,7 +18,30 @@ from test_cuda import made
 
 from gpufgbg import Compositor, JpegEncoder, Moments, Recipe
 from gpufgbg.backends import cuda
+from gpufgbg.depth.processing import postprocess, preprocess
 from gpufgbg.normalise import DTYPES, LAYOUTS, normalise
+
+
+def check_depth(rng: np.random.Generator) -> None:
+    """Pre- and post-processing, with values that are no numbers, of several sizes."""
+    for height, width in ((224, 224), (33, 61), (1, 1)):
+        images = rng.integers(0, 256, (3, height, width, 3), dtype=np.uint8)
+        for size, (layout, channels), dtype in itertools.product(
+            ((2 * height, 2 * width), (47, 35)), (("NCHW", 3), ("NHWC", 3), ("NHWC", 8)), ("float32", "float16")
+        ):
+            given = {"layout": layout, "channels": channels, "dtype": dtype, "scale": 0.5, "bias": (0.1, 0.2, -3.0)}
+            expected, found = (preprocess(a, size, **given) for a in (images, cupy.asarray(images)))
+            assert (found.get() == expected).all(), (height, width, size, layout, channels, dtype)
+        for dtype, size, metres in itertools.product(
+            ("float32", "float16"), ((height, width), (2 * height, 2 * width), (47, 35)), (False, True)
+        ):
+            prediction = (1 + 200 * rng.random((3, height, width))).astype(dtype)
+            prediction[1], prediction[2, 0, 0] = 7, np.nan
+            given = {"meaning": "inverse", "scale": 10.0, "metres": metres}
+            expected, found = (postprocess(a, size, **given) for a in (prediction, cupy.asarray(prediction)))
+            for name in ("grey", "range", "faults", *(["metres"] if metres else [])):
+                pair = getattr(found, name).get(), getattr(expected, name)
+                assert np.array_equal(*pair, equal_nan=name in ("range", "metres")), (name, dtype, size)
 
 
 def main() -> int:
@@ -49,6 +72,7 @@ def main() -> int:
             assert (found.get() == expected).all(), (width, height, dtype, layout)
         assert cuda.moments(batch) == Moments.of(batch)
         assert cuda.moments(np.ascontiguousarray(batch[..., 0])) == Moments.of(batch[..., 0])
+    check_depth(rng)
     print("all kernels ran, results equal the CPU's")
     return 0
 
