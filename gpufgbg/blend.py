@@ -27,6 +27,7 @@ from importlib import resources
 from typing import Any
 
 import numba
+import numpy as np
 
 from gpufgbg.exceptions import DeviceError, OptionError
 
@@ -181,7 +182,7 @@ def _cutting(inner: Any) -> Callable[..., Any]:
 
 def _compile_ltoir(function: Callable[..., Any], name: str) -> bytes:
     try:
-        import numba_cuda  # noqa: F401  # else Numba's own, older numba.cuda would be taken
+        import numba_cuda  # else Numba's own, older numba.cuda would be taken
         from numba import cuda
     except ImportError:
         raise DeviceError(_MISSING) from None
@@ -197,6 +198,11 @@ def _compile_ltoir(function: Callable[..., Any], name: str) -> bytes:
         if type(error).__name__ == "CudaSupportError":  # looks for a card, to compile what is called
             said = " ".join(str(error).split()).rstrip(" :")
             raise DeviceError(f"blend: {name} calls functions that Numba compiles on a card alone: {said}") from None
+        if isinstance(error, AttributeError) and "module 'numpy'" in str(error):  # Numba-CUDA's own use of NumPy
+            raise DeviceError(
+                f"blend: Numba-CUDA {numba_cuda.__version__} does not go with NumPy {np.__version__} ({error}): "
+                "pip install 'gpufgbg[blend]' takes versions that go together"
+            ) from None
         raise _refusal(name, error, " for a card") from None
     return bytes(code)
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.assets import Assets, prepare
+from gpufgbg.backends.cuda import as_stream
 from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.depth.model import DepthMaps, DepthModel
 from gpufgbg.depth.options import DepthOptions
@@ -732,7 +733,4 @@ def _as_cuda_stream(given: Any) -> Any:
 
     if isinstance(given, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
         return given
-    pointer = _whole("cuda_stream", given, 0, 2**64 - 1)
-    if pointer in (0, 1):  # 1: as DLPack names the legacy default stream
-        return cupy.cuda.Stream.null
-    return cupy.cuda.Stream.ptds if pointer == 2 else cupy.cuda.ExternalStream(pointer)
+    return as_stream(_whole("cuda_stream", given, 0, 2**64 - 1))

@@ -537,6 +537,9 @@ def test_killed_at_every_step_of_committing(make, later, tmp_path, monkeypatch, 
                 shutil.rmtree(tmp_path / out)
 
 
+MORE = r"( and the depth maps of \d more)?"
+
+
 def test_interrupted_and_continued(make, later, tmp_path, short_shards):
     make("whole")
     make("bare", depth=None, samples=(0, 20))
@@ -547,14 +550,14 @@ def test_interrupted_and_continued(make, later, tmp_path, short_shards):
 
     with pytest.raises(
         Interrupted,
-        match=r"interrupted: (\d|1\d) of 24 samples( and the depth maps of \d more)? are safe; the same command continues",
+        match=rf"interrupted: (\d|1\d) of 24 samples{MORE} are safe; the same command continues",
     ):
         make("out", batch_size=1, progress=stop)
     make("out")
     assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
     with pytest.raises(
         Interrupted,
-        match=r"interrupted: (\d|1\d) of 20 samples( and the depth maps of \d more)? are safe; the same command continues",
+        match=rf"interrupted: (\d|1\d) of 20 samples{MORE} are safe; the same command continues",
     ):
         later("bare", batch_size=1, progress=stop)
     seen = []

@@ -280,6 +280,18 @@ def test_a_build_without_kernels(monkeypatch, tmp_path):
         Blend(pillow).link(90)
 
 
+def test_numba_cuda_that_does_not_go_with_numpy(monkeypatch):
+    pytest.importorskip("numba_cuda")
+    from numba import cuda as numba_cuda
+
+    def compile_(*_: object, **__: object) -> None:
+        raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+
+    monkeypatch.setattr(numba_cuda, "compile", compile_)
+    with pytest.raises(DeviceError, match=r"Numba-CUDA [\d.]+ does not go with NumPy .*row_stack.*gpufgbg\[blend\]"):
+        Blend(multiply).link(90)
+
+
 def test_without_numba_cuda(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba_cuda", None)
     with pytest.raises(DeviceError, match=r"needs Numba-CUDA \(pip install 'gpufgbg\[blend\]'\)"):

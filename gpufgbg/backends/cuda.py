@@ -99,6 +99,29 @@ def is_on_card(array: Any) -> bool:
     return hasattr(array, "__dlpack_device__") and int(array.__dlpack_device__()[0]) in _DLPACK_CARD
 
 
+class _Pointer:
+    """A CUDA stream's pointer, in the form of the CUDA stream protocol."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+def as_stream(pointer: int) -> Any:
+    """Another library's CUDA stream, which stays its own, as CuPy's on the current device."""
+    import cupy
+
+    if pointer in (0, 1):  # 1: as DLPack names the legacy default stream
+        return cupy.cuda.Stream.null
+    if pointer == 2:
+        return cupy.cuda.Stream.ptds
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 on
+        return cupy.cuda.Stream.from_external(_Pointer(pointer))
+    return cupy.cuda.ExternalStream(pointer)
+
+
 def as_array(array: Any) -> Any:
     """An array of any kind as NumPy's or, where it lies in a card's memory, as CuPy's."""
     if not is_on_card(array):

@@ -20,6 +20,7 @@ import numpy as np
 
 from gpufgbg.assets import Assets
 from gpufgbg.backends import check_device, why_cpu
+from gpufgbg.backends.cuda import as_stream
 from gpufgbg.compositor import Compositor
 from gpufgbg.depth.model import DepthModel
 from gpufgbg.depth.options import DepthOptions
@@ -298,8 +299,7 @@ def _current_stream(torch: Any, device: str) -> Iterator[None]:
     import cupy
 
     index = int(device.partition(":")[2])
-    pointer = torch.cuda.current_stream(index).cuda_stream
-    with cupy.cuda.Device(index), cupy.cuda.ExternalStream(pointer, index) if pointer else cupy.cuda.Stream.null:
+    with cupy.cuda.Device(index), as_stream(torch.cuda.current_stream(index).cuda_stream):
         yield
 
 
