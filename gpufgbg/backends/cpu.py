@@ -72,6 +72,34 @@ def _make_table(pixels, mask, width, flip, keep, add, matte, spans):  # type: ig
 
 
 @_compiled
+def _lay_background(picture, frame, behind, width, held, background):  # type: ignore[no-untyped-def]
+    """Make a composite its background and a mask empty; of ``held``, see `_render`, only what changed is written."""
+    if held[0] == background:
+        # The frame still holds this background: put back what the last foreground covered.
+        x, y, w, h = held[1], held[2], held[3], held[4]
+        for row in range(y, y + h):
+            at = 3 * (row * width + x)
+            _copy(picture[at : at + 3 * w], behind[at : at + 3 * w])
+            at = row * width + x
+            _clear(frame[at : at + w])
+    else:
+        _copy(picture, behind)
+        _clear(frame)
+
+
+@_compiled
+def _add_lanes(sums, plus, square):  # type: ignore[no-untyped-def]
+    """Add a row of sums, a byte of RGB each, and of sums of squares, to ``sums`` (2, 3)."""
+    for c in range(3):
+        total, squares = 0, 0
+        for i in range(c, plus.size, 3):
+            total += plus[i]
+            squares += square[i]
+        sums[0, c] += total
+        sums[1, c] += squares
+
+
+@_compiled
 def _render(  # type: ignore[no-untyped-def]
     backgrounds, background_of, keep, add, matte, spans, start_of, span_of, width_of, height_of, x_of, y_of,
     frame_width, held, composites, masks, sums,
@@ -89,17 +117,7 @@ def _render(  # type: ignore[no-untyped-def]
     squared = np.empty(stride, np.int32)
     for n in range(background_of.size):
         picture, frame, behind = composites[n], masks[n], backgrounds[background_of[n]]
-        if held[n, 0] == background_of[n]:
-            # The frame still holds this background: put back what the last foreground covered.
-            x, y, w, h = held[n, 1], held[n, 2], held[n, 3], held[n, 4]
-            for row in range(y, y + h):
-                at = row * stride + 3 * x
-                _copy(picture[at : at + 3 * w], behind[at : at + 3 * w])
-                at = row * frame_width + x
-                _clear(frame[at : at + w])
-        else:
-            _copy(picture, behind)
-            _clear(frame)
+        _lay_background(picture, frame, behind, frame_width, held[n], background_of[n])
         x, y, w, h = x_of[n], y_of[n], width_of[n], height_of[n]
         held[n, 0], held[n, 1], held[n, 2], held[n, 3], held[n, 4] = background_of[n], x, y, w, h
         lanes = 3 * w
@@ -125,13 +143,7 @@ def _render(  # type: ignore[no-untyped-def]
                     change = _i32(new) - _i32(old)
                     p[i] += change
                     q[i] += change * (_i32(new) + _i32(old))
-            for c in range(3):
-                total, squares = 0, 0
-                for i in range(c, lanes, 3):
-                    total += plus[i]
-                    squares += square[i]
-                sums[0, c] += total
-                sums[1, c] += squares
+            _add_lanes(sums, plus, square)
 
 
 @_compiled

@@ -11,7 +11,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from gpufgbg.backends.cpu import _clear, _compiled, _copy, _i32, _u16
+from gpufgbg.backends.cpu import _add_lanes, _clear, _compiled, _copy, _i32, _lay_background, _u16
 
 __all__ = ["make_render", "make_table"]
 
@@ -56,17 +56,7 @@ def make_render(blend: Any) -> Any:
         column_of = np.empty(stride, np.int32)  # in the frame, of each byte of a foreground's row
         for n in range(background_of.size):
             picture, frame, behind = composites[n], masks[n], backgrounds[background_of[n]]
-            if held[n, 0] == background_of[n]:
-                # The frame still holds this background: put back what the last foreground covered.
-                x, y, w, h = held[n, 1], held[n, 2], held[n, 3], held[n, 4]
-                for row in range(y, y + h):
-                    at = row * stride + 3 * x
-                    _copy(picture[at : at + 3 * w], behind[at : at + 3 * w])
-                    at = row * frame_width + x
-                    _clear(frame[at : at + w])
-            else:
-                _copy(picture, behind)
-                _clear(frame)
+            _lay_background(picture, frame, behind, frame_width, held[n], background_of[n])
             x, y, w, h = x_of[n], y_of[n], width_of[n], height_of[n]
             held[n, 0], held[n, 1], held[n, 2], held[n, 3], held[n, 4] = background_of[n], x, y, w, h
             lanes = 3 * w
@@ -91,12 +81,6 @@ def make_render(blend: Any) -> Any:
                         change = _i32(new) - old
                         plus[i] += change
                         square[i] += change * (_i32(new) + old)
-                for c in range(3):
-                    total, squares = 0, 0
-                    for i in range(c, lanes, 3):
-                        total += plus[i]
-                        squares += square[i]
-                    sums[0, c] += total
-                    sums[1, c] += squares
+                _add_lanes(sums, plus, square)
 
     return render
