@@ -181,16 +181,18 @@ def build_parser() -> argparse.ArgumentParser:
         "count, size, mean and standard deviation by kind.",
     )
     stats.add_argument("dataset", metavar="DATASET", help="a data set's folder, or a zip or tar file")
+    _add_device(stats, "where pictures are decoded; on a card by DALI (default: auto)")
     stats.add_argument("--workers", type=_number, metavar="N", help="threads that decode (default: one a core)")
     _add_json(stats)
     stats.set_defaults(run=_stats)
 
     check = commands.add_parser(
         "verify",
-        help="check a data set: counts, names, checksums, samples rendered again",
-        description="Check a data set made by gpufgbg. Exit code 1 where a fault is found.",
+        help="check a data set: counts, names, checksums, samples rendered again, pictures decoded",
+        description="Check a data set made by gpufgbg against its own record; of any other, check that its pictures "
+        "decode and belong together. Exit code 1 where a fault is found.",
     )
-    check.add_argument("dataset", metavar="DATASET", help="the data set's folder")
+    check.add_argument("dataset", metavar="DATASET", help="a data set's folder, or another's zip or tar file")
     check.add_argument(
         "--rerender",
         type=_number,
@@ -198,7 +200,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="render N samples again and compare them byte for byte (default: 0)",
     )
-    check.add_argument("--workers", type=_number, metavar="N", help="threads that render (default: one a core)")
+    check.add_argument(
+        "--decode",
+        action="store_true",
+        help="decode every picture and check its size and mode (always, where gpufgbg did not make the data set)",
+    )
+    _add_device(check, "where samples are rendered and pictures decoded, on a card by DALI (default: auto)")
+    check.add_argument(
+        "--workers", type=_number, metavar="N", help="threads that render and decode (default: one a core)"
+    )
     _add_json(check)
     check.set_defaults(run=_verify)
 
@@ -212,7 +222,47 @@ def build_parser() -> argparse.ArgumentParser:
     strips.add_argument("--columns", type=_number, default=10, metavar="N", help="pictures a strip (default: 10)")
     _add_json(strips)
     strips.set_defaults(run=_preview)
+
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure every operation here, beside its rivals and the machine's limits",
+        description="Measure every operation on this machine, on the CPU and on a card, beside what people would use "
+        "instead and the limits of the machine, and write results.json, report.md and pictures. Exit code 1 where "
+        "one of our own operations failed.",
+    )
+    bench.add_argument("--quick", action="store_true", help="less of everything: 2 minutes on 2 cores")
+    bench.add_argument(
+        "--only", default="", metavar="NAME,...", help="these suites alone, with the machine's limits (default: all)"
+    )
+    bench.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]",
+        help="what to measure: CPU and card, or one of the two (default: auto, both where there are)",
+    )
+    bench.add_argument("--input", metavar="DIR", help="folder with bg/, fg/, fg_mask/ (default: built-in pictures)")
+    bench.add_argument(
+        "--out", default="gpufgbg-bench", metavar="DIR",
+        help="folder of the results; rows that are there stay, unless they are measured again (default: gpufgbg-bench)",
+    )  # fmt: skip
+    bench.add_argument("--profile", action="store_true", help="our kernels under Nsight Compute (ncu), too")
+    _add_json(bench)
+    bench.set_defaults(run=_bench)
+    tasks = bench.add_subparsers(dest="task", metavar="compare")
+    compare = tasks.add_parser(
+        "compare",
+        help="two files of results against each other",
+        description="Ratios of two files of results, row by row. Exit code 1 where an operation of ours became "
+        "slower by more than the noise, or was lost.",
+    )
+    compare.add_argument("old", metavar="OLD.json", help="results.json of a run")
+    compare.add_argument("new", metavar="NEW.json", help="results.json of a later one, on the same machine")
+    compare.set_defaults(run=_bench_compare)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -305,11 +355,13 @@ def _add_depth(parser: argparse.ArgumentParser, name: str, what: str) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="where samples are made (default: auto)"
-    )
+    _add_device(parser, "where samples are made (default: auto)")
     parser.add_argument("--workers", type=_number, metavar="N", help="threads that work (default: one a core)")
     _add_json(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]", help=meaning)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -492,11 +544,12 @@ def _depth(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
+    from gpufgbg.decoding import why_cpu
     from gpufgbg.report import statistics_table
     from gpufgbg.statistics import statistics
 
     with _progress("pictures", quiet=options.json) as progress:
-        found = statistics(options.dataset, options.workers, lambda done: progress(done, 0))
+        found = statistics(options.dataset, options.workers, lambda done: progress(done, 0), device=options.device)
     if options.json:
         _print_json(
             {
@@ -511,20 +564,24 @@ def _stats(options: argparse.Namespace) -> int:
         )
     else:
         print(statistics_table(found))
+        if reason := why_cpu(options.device):
+            print(f"decoded on the CPU: {reason}")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from gpufgbg import backends, decoding
     from gpufgbg.verify import verify
 
     with _progress("samples", quiet=options.json) as progress:
-        report = verify(options.dataset, options.rerender, options.workers, progress)
+        report = verify(options.dataset, options.rerender, options.workers, progress, options.device, options.decode)
     if options.json:
         _print_json(
             {
                 "samples": report.samples,
                 "files": report.files,
                 "rerendered": report.rerendered,
+                "decoded": report.decoded,
                 "faults": report.faults,
             }
         )
@@ -532,10 +589,15 @@ def _verify(options: argparse.Namespace) -> int:
         for fault in report.faults:
             print(f"fault: {printable(fault)}")
         verdict = f"{len(report.faults)} faults" if report.faults else "no faults"
+        decoded = f", {report.decoded:,} pictures decoded" if report.decoded else ""
         print(
             f"{report.samples:,} samples, {report.files:,} files read, {report.rerendered:,} samples rendered "
-            f"again: {verdict}"
+            f"again{decoded}: {verdict}"
         )
+        if report.decoded and (reason := decoding.why_cpu(options.device)):
+            print(f"decoded on the CPU: {reason}")
+        elif report.rerendered and (reason := backends.why_cpu(options.device)):
+            print(f"rendered on the CPU: {reason}")
     return 1 if report.faults else 0
 
 
@@ -548,6 +610,56 @@ def _preview(options: argparse.Namespace) -> int:
     else:
         print(printable(written))
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from gpufgbg.benchmarks.report import summary_table, write
+    from gpufgbg.benchmarks.runner import RESULTS_FILE, BenchOptions, run
+
+    chosen = BenchOptions(
+        Path(options.out),
+        tuple(name for name in options.only.split(",") if name),
+        options.device,
+        "quick" if options.quick else "full",
+        None if options.input is None else Path(options.input),
+        options.profile,
+    )
+    results = run(chosen, (lambda text: None) if options.json else (lambda text: print(text, flush=True)))
+    page, left_out = write(results, chosen.out, "report")
+    failed = [row for row in results.rows.values() if row.ours and row.status == "failed"]
+    if options.json:
+        _print_json({"results": str(chosen.out / RESULTS_FILE), "report": str(page), "failed": len(failed)})
+    else:
+        print(summary_table(results))
+        if left_out:
+            print(f"no pictures: {left_out}")
+        print(f"report: {printable(page)}; rows: {printable(chosen.out / RESULTS_FILE)}")
+        for row in failed:
+            print(f"fault: {row.work}: {row.name} ({row.device}): {printable(row.reason)}")
+    return 1 if failed else 0
+
+
+def _bench_compare(options: argparse.Namespace) -> int:
+    from gpufgbg.benchmarks.compare import changes, changes_table
+    from gpufgbg.benchmarks.results import Results
+
+    found = changes(*(Results.load(Path(path)) for path in (options.old, options.new)))
+    worse = [change for change in found if change.is_regression]
+    if options.json:
+        _print_json(
+            [
+                {
+                    "suite": c.row.suite, "work": c.row.work, "name": c.row.name, "device": c.row.device,
+                    "ratio": c.ratio, "noise": c.noise, "verdict": c.verdict, "regression": c.is_regression,
+                }
+                for c in found
+            ]
+        )  # fmt: skip
+    else:
+        print(changes_table(found))
+        verdict = f"{len(worse)} regressions" if worse else "no regression"
+        print(f"{len(found)} rows: {verdict} of ours beyond the noise")
+    return 1 if worse else 0
 
 
 def _print_json(content: Any) -> None:

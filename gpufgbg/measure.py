@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from gpufgbg.backends import cuda
+from gpufgbg.backends import check_device, cuda
 from gpufgbg.backends.cpu import moments
 from gpufgbg.compositor import check_workers
+from gpufgbg.decoding import as_colour
 from gpufgbg.exceptions import DatasetError, DeviceError, InputError, OptionError, printable
 from gpufgbg.layout import KINDS
 from gpufgbg.moments import Moments
@@ -23,7 +24,7 @@ from gpufgbg.statistics import MEASURED, statistics
 __all__ = ["mean_std"]
 
 
-def mean_std(pictures: Any, kind: str | None = None, workers: int | None = None) -> Moments:
+def mean_std(pictures: Any, kind: str | None = None, workers: int | None = None, device: str = "auto") -> Moments:
     """Exact mean and standard deviation of pictures, over all their pixels.
 
     Parameters
@@ -38,6 +39,9 @@ def mean_std(pictures: Any, kind: str | None = None, workers: int | None = None)
         Whose pictures to take of a data set.
     workers : int, optional
         Threads that decode files, by default one a core.
+    device : {"auto", "cpu", "cuda", "cuda:N"}
+        Where a data set's pictures are decoded and counted, see `gpufgbg.statistics.statistics`; arrays are counted
+        where they are, the pictures of a folder on the CPU.
 
     Returns
     -------
@@ -52,7 +56,8 @@ def mean_std(pictures: Any, kind: str | None = None, workers: int | None = None)
     DatasetError
         There is no such data set, none of the kind in it, or a picture of it can't be decoded.
     OptionError, DeviceError
-        A parameter is out of range; or the array is on a card and CuPy or the kernels are missing.
+        A parameter is out of range; or the array is on a card and CuPy or the kernels are missing; or the device is
+        not there, or DALI is not.
 
     Examples
     --------
@@ -64,8 +69,10 @@ def mean_std(pictures: Any, kind: str | None = None, workers: int | None = None)
     threads = check_workers(workers)
     if kind is not None and kind not in MEASURED:
         raise OptionError("kind", f"got {kind!r}, expected one of {', '.join(MEASURED)}")
+    if kind is None and check_device(device).startswith("cuda"):
+        raise OptionError("device", f"got {device!r} without kind, expected it for a data set's pictures of a kind")
     if isinstance(pictures, (str, os.PathLike)):
-        return _of_folder(Path(pictures), threads) if kind is None else _of_dataset(pictures, kind, threads)
+        return _of_folder(Path(pictures), threads) if kind is None else _of_dataset(pictures, kind, threads, device)
     if kind is not None:
         raise OptionError("kind", f"got {kind!r} with an array, expected it with a data set's path")
     return _of_array(pictures)
@@ -86,8 +93,8 @@ def _of_array(pictures: Any) -> Moments:
         return cuda.moments(array)
 
 
-def _of_dataset(path: str | os.PathLike[str], kind: str, threads: int) -> Moments:
-    found = statistics(path, threads, kinds=(kind,))
+def _of_dataset(path: str | os.PathLike[str], kind: str, threads: int, device: str) -> Moments:
+    found = statistics(path, threads, kinds=(kind,), device=device)
     if kind not in found:
         raise DatasetError(f"{printable(path)}: no pictures of kind {kind} in it")
     return found[kind].moments
@@ -117,7 +124,7 @@ def _of_folder(folder: Path, threads: int) -> Moments:
         raise InputError(f"{printable(folder)}: no pictures in it: expected {', '.join(sorted(FORMATS))}")
     if not colour.images:
         return grey
-    return colour + Moments(grey.images, grey.pixels, 3 * grey.sum, 3 * grey.sum_of_squares)
+    return colour + as_colour(grey)
 
 
 def _listed(folder: Path, problems: list[str]) -> Iterator[Path]:

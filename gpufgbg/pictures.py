@@ -206,7 +206,7 @@ def read_picture(path: Path) -> Picture:
             if found != expected:
                 raise PictureError(f"mislabelled: the name says {expected}, the content is {found}; rename it")
             picture = _decode(path, opened, data, found)
-        if not _has_end(data, found):
+        if not has_end(data, found):
             raise PictureError(f"damaged or truncated {found}: its end is not there")
         return picture
     except PictureError:
@@ -290,7 +290,7 @@ def _keyed_alpha(png: bytes) -> npt.NDArray[np.uint8]:
     return (alpha > 0).astype(np.uint8) * np.uint8(255)
 
 
-def _has_end(data: bytes, form: str) -> bool:
+def has_end(data: bytes, form: str) -> bool:
     """Whether the file has its end marker. Pillow often does without, other readers of a kept file would not."""
     if form == "PNG":
         return _PNG_END in data

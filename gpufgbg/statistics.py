@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
 
-import imagecodecs
-import numpy as np
-import numpy.typing as npt
-
-from gpufgbg.backends.cpu import moments as count
-from gpufgbg.compositor import check_workers
-from gpufgbg.exceptions import DatasetError, printable
+from gpufgbg import decoding
+from gpufgbg.exceptions import DatasetError
 from gpufgbg.layout import KINDS
 from gpufgbg.moments import Moments
-from gpufgbg.readers import StoredPicture, decode, scan
+from gpufgbg.readers import StoredPicture, scan
 
 __all__ = ["KindStatistics", "statistics"]
 
 #: kinds whose mean and std the original gives; of cut-outs and their masks it gives count and size alone
 MEASURED = ("background", "composite", "composite_mask", "depth")
-_GREY = ("foreground_mask", "composite_mask", "depth")
-_CHUNK = 64  # pictures a worker takes at a time
 
 
 @dataclass
@@ -59,8 +50,12 @@ def statistics(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
     kinds: Collection[str] = tuple(KINDS),
+    device: str = "auto",
 ) -> dict[str, KindStatistics]:
     """Decode everything that is on disk of a data set and count it.
+
+    On the CPU, pixels are Pillow's own. On a card, DALI decodes baseline JPEG files, whose pixels may be a grey level
+    off here and there; mean and std are within 0.0005 of the CPU's. What else there is, the CPU decodes.
 
     Parameters
     ----------
@@ -72,6 +67,8 @@ def statistics(
         Called with the number of pictures done so far.
     kinds : collection of str
         Pictures of other kinds are passed over.
+    device : {"auto", "cpu", "cuda", "cuda:N"}
+        Where pictures are decoded and counted; ``auto`` takes a card where there is one and DALI is installed.
 
     Returns
     -------
@@ -81,66 +78,29 @@ def statistics(
     Raises
     ------
     DatasetError
-        There is no data set, or a picture can't be decoded; the message names it.
+        There is no data set, or a picture can't be read or decoded; the message names it.
+    OptionError, DeviceError
+        No such device's name; or the device is not there, or DALI is not.
     """
-    threads = check_workers(workers)
-    pictures = (picture for picture in scan(path) if picture.kind in kinds)
+    decoder = decoding.select(device, workers)
     totals: dict[str, KindStatistics] = {}
-    pending: deque[tuple[int, Future[dict[str, KindStatistics]]]] = deque()
-    done = 0
 
-    def take() -> None:
-        nonlocal done
-        size, future = pending.popleft()
-        for kind, part in future.result().items():
-            totals.setdefault(kind, KindStatistics()).add(part)
-        done += size
+    def measured() -> Iterator[StoredPicture]:
+        for picture in scan(path):
+            if picture.kind in MEASURED and picture.kind in kinds:
+                yield picture
+            elif picture.kind in kinds:
+                add(picture.kind, KindStatistics(1, len(picture.load())))
+
+    def add(kind: str, part: KindStatistics) -> None:
+        totals.setdefault(kind, KindStatistics()).add(part)
         if progress:
-            progress(done)
+            progress(sum(total.images for total in totals.values()))
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            while chunk := list(islice(pictures, _CHUNK)):
-                pending.append((len(chunk), pool.submit(_measure, chunk)))
-                if len(pending) > 2 * threads:
-                    take()
-            while pending:
-                take()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    with closing(decoder.decode(measured())) as batches:
+        for batch in batches:
+            if batch.faults:
+                raise DatasetError(batch.faults[0])
+            forms = {form for form in batch.forms if form}
+            add(batch.kind, KindStatistics(len(batch.pictures), batch.size_bytes, batch.moments, forms))
     return {kind: totals[kind] for kind in KINDS if kind in totals}
-
-
-def _measure(chunk: list[StoredPicture]) -> dict[str, KindStatistics]:
-    totals: dict[str, KindStatistics] = {}
-    for picture in chunk:
-        total = totals.setdefault(picture.kind, KindStatistics())
-        moments, form = Moments(), None
-        if picture.kind in MEASURED:
-            pixels, form = _decode(picture)
-            moments = count(pixels[None])
-        forms = {form} if form else set()
-        try:
-            total.add(KindStatistics(1, picture.size_bytes, moments, forms))
-        except ValueError as error:
-            raise DatasetError(f"{printable(picture.name)}: {error}") from None
-    return totals
-
-
-def _decode(
-    picture: StoredPicture,
-) -> tuple[npt.NDArray[np.uint8], tuple[int, int, str, str]]:
-    """Pixels (H, W, 3) or (H, W), and the form; JPEG by the decoder that Pillow uses, without its lock."""
-    data = picture.read()
-    wanted = "L" if picture.kind in _GREY else "RGB"
-    if data[:2] == b"\xff\xd8":
-        try:
-            pixels = imagecodecs.jpeg8_decode(data)
-        except (imagecodecs.Jpeg8Error, ValueError) as error:
-            raise DatasetError(f"{printable(picture.name)}: can't be decoded: {error}") from None
-        if pixels.ndim == (2 if wanted == "L" else 3) and pixels.shape[2:] in ((), (3,)):
-            return pixels, (pixels.shape[1], pixels.shape[0], wanted, "JPEG")
-    image = decode(StoredPicture(picture.kind, picture.name, len(data), lambda: data))
-    form = (image.width, image.height, image.mode, image.format or "")
-    return np.asarray(image.convert(wanted)), form

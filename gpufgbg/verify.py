@@ -1,52 +1,33 @@
-"""Is a data set whole and what it says it is? Counts, names, checksums, and samples rendered again."""
+"""Is a data set whole and what it says it is? Counts, names, checksums, and samples rendered and decoded again."""
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from gpufgbg import sinks
-from gpufgbg.backends.cpu import encode_jpeg
+from gpufgbg import backends, decoding, sinks
 from gpufgbg.compositor import Compositor
 from gpufgbg.exceptions import DatasetError, OptionError, printable
+from gpufgbg.jpeg import JpegEncoder
 from gpufgbg.layout import SAMPLE_KINDS, Layout
-from gpufgbg.manifest import ShardChecksum, merged, open_dataset
+from gpufgbg.manifest import Manifest, ShardChecksum, merged, open_dataset
 from gpufgbg.pipeline import load_assets
-from gpufgbg.recipe import Plan, Shard
+from gpufgbg.readers import StoredPicture, kind_of
+from gpufgbg.recipe import Plan, Recipe, Shard
 from gpufgbg.sinks import EncodedSamples
+from gpufgbg.verify_foreign import verify_foreign
+from gpufgbg.verify_report import Faults, VerifyReport
 
 __all__ = ["VerifyReport", "verify"]
 
-_BATCH = 64  # samples rendered again at a time
-_NAMED = 20  # faults of one sort that are named one by one
-
-
-@dataclass
-class VerifyReport:
-    """What `verify` found.
-
-    Attributes
-    ----------
-    samples : int
-        Samples that the data set has.
-    files : int
-        Files that were read and checked.
-    rerendered : int
-        Samples that were rendered again and compared.
-    faults : list of str
-        One line each; empty where all is well.
-    """
-
-    samples: int = 0
-    files: int = 0
-    rerendered: int = 0
-    faults: list[str] = field(default_factory=list)
+_BATCH = 256  # samples rendered again at a time
 
 
 def verify(
@@ -54,31 +35,52 @@ def verify(
     rerender: int = 0,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    device: str = "auto",
+    decode: bool = False,
 ) -> VerifyReport:
-    """Check a data set made by gpufgbg.
+    """Check a data set.
+
+    One made by gpufgbg is compared with its own record. Of any other, which has none, the structure is checked: see
+    `gpufgbg.verify_foreign`.
 
     Parameters
     ----------
     path : path
-        The folder that holds dataset.json.
+        The folder that holds dataset.json; or another data set's folder, zip or tar file.
     rerender : int
         Number of samples, chosen at random but the same each time, that are rendered again and compared byte for
         byte.
+    workers : int, optional
+        Threads that render and decode, by default one a core.
     progress : callable, optional
-        Called with (samples checked, samples there are).
+        Called with (samples checked, samples there are, or 0 where that is not known).
+    device : {"auto", "cpu", "cuda", "cuda:N"}
+        Where samples are rendered and pictures decoded; decoding on a card needs DALI.
+    decode : bool
+        Decode every picture and compare its size and mode with the recipe's. Data sets made by others are always
+        decoded.
 
     Returns
     -------
     VerifyReport
-        With a line for every fault: a missing, changed or additional file, a wrong count.
+        With a line for every fault: a missing, changed, additional or undecodable file, a wrong count.
 
     Raises
     ------
     DatasetError
-        There is no data set of ours at the path, or its description is damaged.
+        There is no data set at the path, or its description is damaged.
+    OptionError
+        ``rerender`` is negative, or asked for of a data set that gpufgbg did not make.
+    DeviceError
+        The device is not there, or can't decode.
     """
     if isinstance(rerender, bool) or not isinstance(rerender, int) or rerender < 0:
         raise OptionError("rerender", f"got {rerender!r}, expected 0 or more")
+    backends.check_device(device)
+    if is_foreign(path):
+        if rerender:
+            raise OptionError("rerender", f"{printable(path)} has no dataset.json: its samples can't be made again")
+        return verify_foreign(path, decoding.select(device, workers), progress)
     manifest, content, recipe = open_dataset(path)
     report = VerifyReport()
     try:
@@ -90,7 +92,7 @@ def verify(
         report.faults.append(
             f"{printable(manifest.out)}: the assets decode to other pixels than when the data set was made"
         )
-    compositor = Compositor(assets, recipe, "cpu", workers)
+    compositor = Compositor(assets, recipe, device if rerender or device != "auto" else "cpu", workers)
     plan, layout = compositor.plan, Layout.of(compositor.plan)
     kinds = [kind for kind in SAMPLE_KINDS if kind in content["bytes"]]
     sink = sinks.select(content["sink"], manifest.out, plan, kinds)
@@ -111,24 +113,32 @@ def verify(
             f"{printable(manifest.out)}: incomplete: {report.samples:,} of {len(plan):,} samples are there"
         )
     chosen = _chosen(done, rerender)
-    checked = 0
-    for shard, checksum in shards:
-        again = [index for index in chosen if shard.start <= index < shard.stop]
-        expected = _rendered(compositor, layout, again)
-        _check_shard(report, sink, layout, plan, shard, checksum, kinds, expected)
-        report.rerendered += len(again)
-        checked += len(shard)
-        if progress:
-            progress(checked, report.samples)
+
+    def checked() -> Iterator[StoredPicture]:
+        """All pictures of samples, each shard's after it was found whole."""
+        count = 0
+        for shard, checksum in shards:
+            again = [index for index in chosen if shard.start <= index < shard.stop]
+            expected = _rendered(compositor, layout, again)
+            yield from _check_shard(report, sink, layout, plan, shard, checksum, kinds, expected)
+            report.rerendered += len(again)
+            count += len(shard)
+            if progress:
+                progress(count, report.samples)
+
+    if decode:
+        _check_forms(report, decoding.select(device, workers), checked(), recipe)
+    else:
+        deque(checked(), 0)
     _check_labels(report, manifest.out, plan, layout, done)
     if sink.name == "tree":
         _check_strangers(report, manifest.out, plan, layout, done, kinds)
     return report
 
 
-def _fault(report: VerifyReport, text: str, before: int) -> None:
-    if len(report.faults) - before < _NAMED:
-        report.faults.append(text)
+def is_foreign(path: str | os.PathLike[str]) -> bool:
+    """Whether a path has no data set of gpufgbg's, finished or begun: an archive by itself counts as anybody's."""
+    return not Path(path).is_dir() or not Manifest(Path(path)).started
 
 
 def _check_shard(
@@ -140,7 +150,7 @@ def _check_shard(
     expected_checksum: str,
     kinds: list[str],
     rendered: dict[str, bytes],
-) -> None:
+) -> Iterator[StoredPicture]:
     """Read a shard: names in order, whole JPEG files, the checksum, and equality with what was ``rendered``."""
     checksum = ShardChecksum()
     names = (
@@ -157,8 +167,12 @@ def _check_shard(
                 return
             if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
                 report.faults.append(f"{path}: not a whole JPEG file ({len(data)} bytes)")
-            elif rendered.get(path, data) != data:
-                report.faults.append(f"{path}: differs from the sample rendered again")
+            else:
+                if rendered.get(path, data) != data:
+                    report.faults.append(f"{path}: differs from the sample rendered again")
+                kind = kind_of(path)
+                assert kind is not None
+                yield StoredPicture(kind, "", path, functools.partial(bytes, data))
             checksum.add(path, data)
             report.files += 1
     except DatasetError as error:
@@ -171,6 +185,30 @@ def _check_shard(
             f"samples {shard.start}:{shard.stop}: the checksum differs from dataset.json: a file has changed; "
             "--rerender tells which"
         )
+
+
+def _check_forms(
+    report: VerifyReport, decoder: decoding.Decoder, pictures: Iterable[StoredPicture], recipe: Recipe
+) -> None:
+    """Decode pictures of samples: each is a JPEG file of the frame's size, in its kind's mode."""
+    undecodable = Faults(report, "pictures can't be decoded")
+    odd = Faults(report, "pictures of another size or mode")
+    with closing(decoder.decode(pictures)) as batches:
+        for batch in batches:
+            expected = (*recipe.size, decoding.mode_of(batch.kind), "JPEG")
+            for fault in batch.faults:
+                undecodable.add(fault)
+            for picture, form in zip(batch.pictures, batch.forms, strict=True):
+                report.decoded += form is not None
+                if form is not None and form != expected:
+                    odd.add(f"{picture.name}: {_said(form)}, expected {_said(expected)}")
+    undecodable.close()
+    odd.close()
+
+
+def _said(form: decoding.Form) -> str:
+    width, height, mode, encoding = form
+    return f"{width}x{height} {mode} {encoding}"
 
 
 def _check_labels(report: VerifyReport, out: Path, plan: Plan, layout: Layout, done: list[Shard]) -> None:
@@ -193,7 +231,7 @@ def _check_strangers(
     kinds: list[str],
 ) -> None:
     """Files in the sample folders that belong to no committed sample."""
-    before = len(report.faults)
+    strangers = Faults(report, "files belong to no sample")
     for kind in kinds:
         for b in range(plan.n_backgrounds):
             folder = (out / Layout.sample_path(kind, f"{layout.background(b)}_fg_")).parent
@@ -207,7 +245,8 @@ def _check_strangers(
                     known.update(layout.stems(plan.placements(np.arange(start, stop))))
             for file in sorted(folder.iterdir()):
                 if file.name.removesuffix(".jpg") not in known:
-                    _fault(report, f"{printable(file)}: belongs to no sample", before)
+                    strangers.add(f"{printable(file)}: belongs to no sample")
+    strangers.close()
 
 
 def _chosen(done: list[Shard], count: int) -> list[int]:
@@ -223,15 +262,15 @@ def _chosen(done: list[Shard], count: int) -> list[int]:
 
 
 def _rendered(compositor: Compositor, layout: Layout, indices: list[int]) -> dict[str, bytes]:
-    """The files of these samples, made again."""
+    """The files of these samples, made again where the compositor renders."""
     recipe = compositor.recipe
-    options = (recipe.quality, recipe.subsampling, recipe.optimize)
+    encoder = JpegEncoder(recipe.quality, recipe.subsampling, recipe.optimize, compositor.backend.name)
     files: dict[str, bytes] = {}
     for start in range(0, len(indices), _BATCH):
         batch = compositor.render(indices[start : start + _BATCH])
         encoded = {
-            "composite": encode_jpeg(batch.image, *options),
-            "composite_mask": encode_jpeg(batch.mask, *options),
+            "composite": list(encoder.encode(batch.image)),
+            "composite_mask": list(encoder.encode(batch.mask)),
         }
         files.update(EncodedSamples(batch.labels, layout.stems(batch.labels), encoded).items())
     return files

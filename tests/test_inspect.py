@@ -13,7 +13,7 @@ import pytest
 from conftest import smooth
 from PIL import Image
 
-from gpufgbg import DatasetError, Moments, Recipe, generate
+from gpufgbg import Moments, Recipe, decoding, generate
 from gpufgbg.report import format_bytes
 from gpufgbg.statistics import statistics
 
@@ -44,7 +44,7 @@ def decoded(folder: Path, mode: str) -> np.ndarray:
 @pytest.mark.parametrize("sink", SINKS)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_statistics_equal_pillows_decoding(sets, sink, workers):
-    found = statistics(sets / sink, workers)
+    found = statistics(sets / sink, workers, device="cpu")
     tree = sets / "tree"
     assert list(found) == ["background", "foreground", "foreground_mask", "composite", "composite_mask"]
     for kind, folder, mode in (
@@ -93,7 +93,7 @@ def test_statistics_of_a_data_set_that_we_did_not_make(tmp_path, run):
     with tarfile.open(tmp_path / "c.tar", "w") as archive:
         archive.add(root, "x/y")
     for path in (root, root.parent, tmp_path / "a.zip", tmp_path / "c.tar"):
-        assert {kind: s.moments for kind, s in statistics(path).items()} == expected
+        assert {kind: s.moments for kind, s in statistics(path, device="cpu").items()} == expected
     code, printed, _ = run("stats", root)
     assert code == 0 and "depth map" in printed and "fg_bg_depth/" in printed
     code, _, error = run("stats", tmp_path / "b.tar.gz")
@@ -101,14 +101,14 @@ def test_statistics_of_a_data_set_that_we_did_not_make(tmp_path, run):
 
 
 def test_stats_prints_the_originals_table(sets, run):
-    code, printed, _ = run("stats", sets / "tar")
+    code, printed, _ = run("stats", sets / "tar", "--device", "cpu")
     assert code == 0
     lines = [line.split() for line in printed.splitlines()]
     assert lines[0] == ["kind", "folder", "count", "size", "mean", "std"]
     assert [" ".join(line[:-8]) for line in lines[4:5]] == ["composite fg_bg/"]
-    found = statistics(sets / "tar")["composite"].moments
+    found = statistics(sets / "tar", device="cpu")["composite"].moments
     assert lines[4][-6:] == [f"{v:.4f}"[1:] for v in (*found.mean, *found.std)]
-    code, printed, _ = run("stats", sets / "tar", "--json")
+    code, printed, _ = run("stats", sets / "tar", "--json", "--device", "cpu")
     content = json.loads(printed)
     assert content["composite"]["statistics"]["sum"] == list(found.sum)
 
@@ -131,11 +131,51 @@ def test_stats_of_something_else(tmp_path, run, what, message):
     assert (code, printed) == (2, "") and message in error and error.count("\n") == 1
 
 
-def test_stats_names_a_picture_that_is_damaged(dataset):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    {
+        "no JPEG": (lambda p: p.write_bytes(b"\xff\xd8 no"), "can't be decoded"),
+        "empty": (lambda p: p.write_bytes(b""), "can't be decoded: not a picture"),
+        "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-40]), "truncated JPEG: its end is not there"),
+        "a PNG that is cut off": (lambda p: cut_png(p), "can't be decoded"),
+        "a link to nothing": (lambda p: (p.unlink(), p.symlink_to("none")), "can't be read: No such file"),
+    }.values(),
+)  # fmt: skip
+def test_stats_names_a_picture_that_is_damaged(dataset, run, damage, message):
     path = next((dataset / "fg_bg").rglob("*.jpg"))
-    path.write_bytes(b"\xff\xd8 no")
-    with pytest.raises(DatasetError, match=path.name):
-        statistics(dataset)
+    damage(path)
+    code, printed, error = run("stats", dataset, "--device", "cpu")
+    assert (code, printed) == (2, "") and error.count("gpufgbg: error") == 1
+    assert path.name in error.splitlines()[-1] and message in error.splitlines()[-1]
+
+
+def cut_png(path: Path) -> None:
+    Image.open(path).save(path, "PNG")
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def test_auto_says_why_it_decodes_on_the_cpu(sets, run):
+    reason = decoding.why_cpu("auto")
+    if reason is None:
+        pytest.skip("this machine has a CUDA device and DALI")
+    for command in (("stats",), ("verify", "--decode")):
+        code, printed, _ = run(*command, sets / "tree")
+        assert code == 0 and printed.splitlines()[-1] == f"decoded on the CPU: {reason}"
+        assert "on the CPU" not in run(*command, sets / "tree", "--device", "cpu")[1]
+
+
+@pytest.mark.parametrize("command", ["stats", "verify"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "CPU", "cuda:x"])
+def test_devices_that_are_no_names(sets, run, command, device):
+    code, printed, error = run(command, sets / "tree", "--device", device)
+    assert (code, printed) == (2, "") and f"--device: got '{device}', expected auto, cpu, cuda" in error
+
+
+@pytest.mark.parametrize("command", [("stats",), ("verify",), ("verify", "--decode"), ("verify", "--rerender", "2")])
+def test_devices_that_are_not_there(sets, run, command):
+    code, printed, error = run(*command, sets / "tree", "--device", "cuda:99")
+    assert (code, printed) == (2, "") and error.count("\n") == 1
+    assert "device cuda:99: " in error and "use --device cpu" in error
 
 
 @pytest.mark.parametrize("dataset", SINKS, indirect=True)
@@ -177,6 +217,42 @@ def test_verify_names_each_fault(dataset, run, damage, message):
     assert code == 1 and any(message in fault for fault in json.loads(printed)["faults"])
 
 
+@pytest.mark.parametrize("dataset", SINKS, indirect=True)
+def test_verify_decodes_a_good_set(dataset, run):
+    code, printed, _ = run("verify", dataset, "--decode", "--device", "cpu")
+    assert code == 0 and printed == (
+        "48 samples, 96 files read, 0 samples rendered again, 96 pictures decoded: no faults\n"
+    )
+    assert json.loads(run("verify", dataset, "--decode", "--json", "--rerender", 3)[1]) == {
+        "samples": 48, "files": 96, "rerendered": 3, "decoded": 96, "faults": [],
+    }  # fmt: skip
+
+
+def test_verify_decode_names_what_is_no_frame(dataset, run):
+    rng = np.random.default_rng(0)
+    folder = dataset / "fg_bg" / "bg_00"
+    names = sorted(path.name for path in folder.iterdir())
+    Image.fromarray(smooth(rng, 64, 47, 3)).save(folder / names[0])
+    Image.fromarray(smooth(rng, 64, 48, 1)[..., 0]).save(folder / names[1])
+    (folder / names[2]).write_bytes(b"\xff\xd8\xff\xd9")
+    code, printed, _ = run("verify", dataset, "--decode", "--device", "cpu")
+    faults = [line for line in printed.splitlines() if line.startswith("fault: ")]
+    assert code == 1 and len(faults) == 4, printed
+    assert sum("checksum differs" in fault for fault in faults) == 1
+    assert f"fault: fg_bg/bg_00/{names[0]}: 64x47 RGB JPEG, expected 64x48 RGB JPEG" in faults
+    assert f"fault: fg_bg/bg_00/{names[1]}: 64x48 L JPEG, expected 64x48 RGB JPEG" in faults
+    assert any(f"fg_bg/bg_00/{names[2]}: can't be decoded" in fault for fault in faults)
+    assert "95 pictures decoded" in printed
+
+
+def test_verify_names_twenty_strangers_and_counts_the_rest(dataset, run):
+    for i in range(25):
+        (dataset / "fg_bg" / "bg_00" / f"more_{i:02d}.jpg").touch()
+    code, printed, _ = run("verify", dataset)
+    faults = [line for line in printed.splitlines() if line.startswith("fault: ")]
+    assert code == 1 and len(faults) == 21 and faults[-1] == "fault: 5 more files belong to no sample"
+
+
 def test_verify_notices_a_change_without_rendering(dataset, run):
     flip_a_bit(dataset / "fg_bg/bg_01/bg_01_fg_02_T_000024.jpg")
     code, printed, _ = run("verify", dataset)
@@ -208,6 +284,11 @@ def test_verify_options(dataset, run, rerender, message):
 
 
 def test_verify_of_something_else(tmp_path, run):
+    code, _, error = run("verify", tmp_path)
+    assert code == 2 and "no pictures of a data set in it" in error
+    code, _, error = run("verify", tmp_path / "nothing")
+    assert code == 2 and "no such file or folder" in error
+    (tmp_path / ".gpufgbg").mkdir()  # begun, not finished
     code, _, error = run("verify", tmp_path)
     assert code == 2 and "no dataset.json" in error
     (tmp_path / "dataset.json").write_text("{")

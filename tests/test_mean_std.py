@@ -9,7 +9,7 @@ import pytest
 from conftest import smooth
 from PIL import Image
 
-from gpufgbg import DatasetError, InputError, Moments, OptionError, Recipe, generate, mean_std
+from gpufgbg import DatasetError, DeviceError, InputError, Moments, OptionError, Recipe, generate, mean_std
 
 
 @pytest.mark.parametrize("shape", [(3, 17, 5), (2, 8, 9, 3), (1, 1, 1)])
@@ -95,12 +95,22 @@ def test_data_sets(folders, tmp_path, sink):
         tmp_path / "tree", **folders, recipe=Recipe(size=(64, 48), foreground_height=20, per_pair=1), device="cpu"
     )
     for kind, name in (("composite", "fg_bg"), ("composite_mask", "fg_bg_masks"), ("background", "bg")):
-        assert mean_std(out, kind) == mean_std(tmp_path / "tree" / name)
+        assert mean_std(out, kind, device="cpu") == mean_std(tmp_path / "tree" / name)
     assert mean_std(out, "composite", workers=1).images == 24
     with pytest.raises(DatasetError, match="no pictures of kind depth in it"):
         mean_std(out, "depth")
     with pytest.raises(OptionError, match="is a data set: expected one of background, composite,"):
         mean_std(out)
+
+
+def test_devices(tmp_path):
+    for given in (tmp_path, np.zeros((1, 2, 2), np.uint8)):
+        with pytest.raises(OptionError, match="device: got 'cuda:1' without kind"):
+            mean_std(given, device="cuda:1")
+        with pytest.raises(OptionError, match="device: got 'tpu', expected auto"):
+            mean_std(given, device="tpu")
+    with pytest.raises(DeviceError, match="device cuda:99: "):
+        mean_std(tmp_path, "composite", device="cuda:99")
 
 
 def test_kinds_that_are_refused(tmp_path):
