@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import dis
 import inspect
+import re
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -30,6 +32,7 @@ import numba
 import numpy as np
 
 from gpufgbg.exceptions import DeviceError, OptionError
+from gpufgbg.quick_division import quotient, with_quick_division
 
 __all__ = ["Blend"]
 
@@ -155,7 +158,8 @@ def _check_result(function: Callable[..., Any], name: str) -> None:
 
 def _refusal(name: str, error: Exception, for_what: str = "") -> OptionError:
     """What Numba says, in one line: the first that tells what is wrong, and where."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Numba colours its messages where colorama is installed
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     said = [line for line in lines if not line.startswith(("Failed in ", "File ", "- "))] or [""]
     said = said[: 2 if said[0].endswith(":") else 1]  # a heading alone says too little
     problem = " ".join(" ".join(said).replace(">>>", "").split())
@@ -186,14 +190,12 @@ def _compile_ltoir(function: Callable[..., Any], name: str) -> bytes:
         from numba import cuda
     except ImportError:
         raise DeviceError(_MISSING) from None
-    # Inlined by Numba itself: a call between two device functions would make it look for a card.
-    inner = cuda.jit(device=True, inline="always")(function)
-    signature = numba.int32(*(numba.int32,) * 5)
+    quick = with_quick_division(function, cuda.jit(device=True, inline="always")(quotient))
+    if quick is not None:
+        with suppress(Exception):  # such as that a dividend is no integer: the function as it is tells what is wrong
+            return _ltoir(quick)
     try:
-        code, _ = cuda.compile(
-            _cutting(inner), signature, device=True, abi="c", abi_info={"abi_name": _SYMBOL}, cc=_OLDEST_CARD,
-            output="ltoir",
-        )  # fmt: skip
+        return _ltoir(function)
     except Exception as error:  # whatever Numba meets inside
         if type(error).__name__ == "CudaSupportError":  # looks for a card, to compile what is called
             said = " ".join(str(error).split()).rstrip(" :")
@@ -204,6 +206,17 @@ def _compile_ltoir(function: Callable[..., Any], name: str) -> bytes:
                 "pip install 'gpufgbg[blend]' takes versions that go together"
             ) from None
         raise _refusal(name, error, " for a card") from None
+
+
+def _ltoir(function: Callable[..., Any]) -> bytes:
+    from numba import cuda
+
+    # Inlined by Numba itself: a call between two device functions would make it look for a card.
+    inner = cuda.jit(device=True, inline="always")(function)
+    code, _ = cuda.compile(
+        _cutting(inner), numba.int32(*(numba.int32,) * 5), device=True, abi="c", abi_info={"abi_name": _SYMBOL},
+        cc=_OLDEST_CARD, output="ltoir",
+    )  # fmt: skip
     return bytes(code)
 
 
