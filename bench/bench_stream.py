@@ -1,6 +1,6 @@
 """The stream: samples a second into memory, normalised, and what a training loop waits for; a user's blend; leaks.
 
-    python bench/bench_stream.py [--device cuda] [--samples 2000000] [--batch 512,4096] [--steps 200] [--leaks 200000]
+    python bench/bench_stream.py [--device cuda] [--only feed,training,blend,leaks] [--batch 512,4096]
 
 Frames of 224x224 over built-in pictures. Rates are wall time with one wait for the device at the end, after warm-up.
 What training waits for is the time of a loop over the stream less that of the same loop over one batch that stays,
@@ -156,12 +156,13 @@ def bench_leaks(table: Table, compositor: Compositor, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rates of the stream.")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--samples", type=int, default=200_000, help="of each rate")
+    parser.add_argument("--only", default="feed,training,blend,leaks")
+    parser.add_argument("--samples", type=int, default=200_000, help="of each rate of feeding")
     parser.add_argument("--batch", default="512", help="sizes of the batches that are fed, with commas")
-    parser.add_argument("--steps", type=int, default=200, help="of training; 0 for none")
+    parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--training-batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=224, help="of the frame, a multiple of 4")
-    parser.add_argument("--leaks", type=int, default=0, help="batches while memory is watched; 0 for none")
+    parser.add_argument("--leaks", type=int, default=2000, help="batches while memory is watched")
     parser.add_argument("--out", type=Path, help="file for the table, in Markdown")
     given = parser.parse_args()
     recipe = Recipe(size=given.size, foreground_height=given.size * 105 // 224)
@@ -171,13 +172,15 @@ def main() -> None:
     machine = f"{device_name() if on_card else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
     table = Table()
     table.add("samples", f"{len(compositor):,}", f"{given.size}x{given.size} on {compositor.backend.name}")
-    for batch in given.batch.split(","):
-        bench_feed(table, compositor, int(batch), given.samples)
-    if given.steps:
+    only = given.only.split(",")
+    if "feed" in only:
+        for batch in given.batch.split(","):
+            bench_feed(table, compositor, int(batch), given.samples)
+    if "training" in only:
         bench_training(table, compositor, given.training_batch, given.steps)
-    if on_card:
+    if "blend" in only and on_card:
         bench_blend(table, compositor)
-    if given.leaks:
+    if "leaks" in only:
         bench_leaks(table, compositor, given.leaks)
     if given.out:
         command = f"{machine}, {date.today()}: `python bench/bench_stream.py {' '.join(sys.argv[1:])}`"
