@@ -1,12 +1,19 @@
-"""Writes README's tables of measured figures from bench/results/; a test keeps them in step.
+"""Writes README's tables of measured figures from bench/results/, and a page and pictures for each JSON file there.
 
-python bench/report.py
+    python bench/report.py
+
+The JSON files are those of ``gpufgbg bench`` (results.json), named after their machine; ``h200.json`` is README's.
+Tests keep README and the pages in step with them.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+from gpufgbg.benchmarks.plots import draw
+from gpufgbg.benchmarks.report import report, summary_table, verdict
+from gpufgbg.benchmarks.results import Results
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -53,13 +60,33 @@ def marked(name: str, table: str) -> str:
     return f"<!-- {name} -->\n{table}\n<!-- end -->"
 
 
+def bench_table(path: Path) -> str:
+    """README's share of a file of ``gpufgbg bench``."""
+    results = Results.load(path)
+    page = f"bench/results/{page_of(path).name}"
+    return f"{summary_table(results)}\n\n{verdict(results)} [The report]({page}) names them."
+
+
+def page_of(path: Path) -> Path:
+    """The page of a JSON file."""
+    return path.with_name(f"{path.stem}_bench.md")
+
+
+def page(path: Path, pictures: list[str]) -> str:
+    """The text of it."""
+    return report(Results.load(path), pictures, f"gpufgbg bench: {path.stem}")
+
+
 def updated(readme: str) -> str:
     """README with the tables as they are in bench/results/."""
-    for name, table in (
+    tables = [
         ("cpu", cpu_table((RESULTS / "cpu.md").read_text())),
         ("h200", gpu_table((RESULTS / "h200.md").read_text(), SHOWN)),
         ("depth", gpu_table((RESULTS / "h200_depth.md").read_text(), DEPTH_SHOWN)),
-    ):
+    ]
+    if (RESULTS / "h200.json").is_file():
+        tables.append(("bench", bench_table(RESULTS / "h200.json")))
+    for name, table in tables:
         readme = re.sub(
             rf"<!-- {name} -->.*?<!-- end -->", lambda _, n=name, t=table: marked(n, t), readme, flags=re.DOTALL
         )
@@ -67,5 +94,8 @@ def updated(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(updated(path.read_text()))
+    for found in sorted(RESULTS.glob("*.json")):
+        drawn = draw(Results.load(found), RESULTS, page_of(found).stem)
+        page_of(found).write_text(page(found, drawn))
+    readme = ROOT / "README.md"
+    readme.write_text(updated(readme.read_text()))

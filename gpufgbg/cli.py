@@ -248,12 +248,12 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--input", metavar="DIR", help="folder with bg/, fg/, fg_mask/ (default: built-in pictures)")
     bench.add_argument(
         "--out", default="gpufgbg-bench", metavar="DIR",
-        help="folder of the results; rows that are there stay, unless they are measured again (default: gpufgbg-bench)",
+        help="folder of the results; rows that are there and not measured again stay (default: gpufgbg-bench)",
     )  # fmt: skip
     bench.add_argument("--profile", action="store_true", help="our kernels under Nsight Compute (ncu), too")
     _add_json(bench)
     bench.set_defaults(run=_bench)
-    tasks = bench.add_subparsers(dest="task", metavar="compare")
+    tasks = bench.add_subparsers(dest="task", metavar="compare", help="in place of measuring: compare two results")
     compare = tasks.add_parser(
         "compare",
         help="two files of results against each other",

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from gpufgbg.exceptions import DeviceError, InputError, printable
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["BLOCKS", "DenseDepthWeights", "read_weights"]
+__all__ = ["BLOCKS", "DenseDepthWeights", "read_weights", "tensor_shapes"]
 
 BLOCKS = (6, 12, 32, 32)  # layers of DenseNet-169's dense blocks
 GROWTH = 32  # channels that each layer of a dense block adds
@@ -319,6 +319,11 @@ def _decoder(widths: list[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from conv("conv3", 3, widths[-1], 1)
 
 
+def tensor_shapes(widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of a network, for the widths of conv2 and of the decoder's four blocks."""
+    return dict([*_encoder(), *_decoder(list(widths))])
+
+
 def _known_layers() -> set[str]:
     return {name.rpartition("/")[0] for name, _ in [*_encoder(), *_decoder([1] * 5)]}
 
@@ -371,8 +376,7 @@ def _some(names: Any) -> str:
 def _shapes(found: dict[str, h5py.Dataset]) -> dict[str, tuple[int, ...]]:
     """The shape that each tensor should have, with the decoder's widths as its biases have them."""
     biases = ["conv2/bias", *(f"{block}_convA/bias" for block in SKIPS)]
-    widths = [int(np.prod(found[name].shape, dtype=np.int64)) for name in biases]
-    return dict([*_encoder(), *_decoder(widths)])
+    return tensor_shapes([int(np.prod(found[name].shape, dtype=np.int64)) for name in biases])
 
 
 def _check_shapes(found: dict[str, h5py.Dataset], shapes: dict[str, tuple[int, ...]]) -> None:
