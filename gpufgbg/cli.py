@@ -174,6 +174,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_machine(depth)
     depth.set_defaults(run=_depth)
 
+    joined = commands.add_parser(
+        "merge",
+        help="make one data set of several that were made apart with --samples",
+        description="Make one data set of several that hold different samples of the same recipe and pictures. Every "
+        "file is checked on the way; samples that are missing or there twice are named. The same command continues.",
+    )
+    joined.add_argument("out", metavar="OUT", help="folder of the data set: new, empty, or one to be added to")
+    joined.add_argument("parts", nargs="+", metavar="PART", help="data sets to be merged; they stay as they are")
+    joined.add_argument("--workers", type=_number, metavar="N", help="threads that copy (default: one a core)")
+    _add_json(joined)
+    joined.set_defaults(run=_merge)
+
     stats = commands.add_parser(
         "stats",
         help="count, size, mean and std of a data set, by decoding it",
@@ -306,7 +318,10 @@ def _add_depth(parser: argparse.ArgumentParser, name: str, what: str) -> None:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="where samples are made (default: auto)"
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda[:N]",
+        help="where samples are made; cuda:0,2 or cuda:all takes several cards (default: auto)",
     )
     parser.add_argument("--workers", type=_number, metavar="N", help="threads that work (default: one a core)")
     _add_json(parser)
@@ -385,7 +400,7 @@ def _print_remarks(options: argparse.Namespace, depth: DepthOptions | None) -> N
 
     if depth is not None and depth.weights == DEMO:
         print("depth maps are the built-in demo network's: for trying out, not for training")
-    if reason := why_cpu(options.device):
+    if options.device == "auto" and (reason := why_cpu(options.device)):
         print(f"made on the CPU: {reason}")
 
 
@@ -488,6 +503,22 @@ def _depth(options: argparse.Namespace) -> int:
     else:
         print(f"{found.predicted:,} depth maps in {found.seconds:.1f} s; {printable(found.out)}: {found.pictures:,}")
         _print_remarks(options, depth)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from gpufgbg.merging import merge, ranges
+
+    with _progress("samples", quiet=options.json) as progress:
+        report = merge(options.out, options.parts, workers=options.workers, progress=progress)
+    if options.json:
+        gaps = [[gap.start, gap.stop] for gap in report.gaps]
+        _print_json(dataclasses.asdict(report) | {"out": str(report.out), "gaps": gaps, "complete": report.complete})
+        return 0
+    state = "complete" if report.complete else f"{report.done:,} of {report.total:,} samples"
+    print(f"{report.samples:,} samples in {report.seconds:.1f} s; {printable(report.out)}: {state}")
+    if report.gaps:
+        print(f"missing: samples {ranges(report.gaps)}: make them with gpufgbg generate --samples, here or apart")
     return 0
 
 

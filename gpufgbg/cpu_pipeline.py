@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +17,7 @@ from gpufgbg.backends.cpu import CpuBackend, decode_jpeg, encode_jpeg
 from gpufgbg.backends.cpu import moments as count
 from gpufgbg.depth.options import DEPTH_JPEG
 from gpufgbg.labels import LabelJob
-from gpufgbg.manifest import Manifest, ShardRecord
+from gpufgbg.manifest import Recorder, ShardRecord
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.shards import Committer, OpenShard
@@ -42,7 +42,7 @@ class CpuPipeline:
     backend : CpuBackend
     plan : Plan
     sink : Sink
-    manifest : Manifest
+    manifest : Recorder
     workers : int
         Threads.
     batch_size : int, optional
@@ -56,7 +56,7 @@ class CpuPipeline:
         backend: CpuBackend,
         plan: Plan,
         sink: Sink,
-        manifest: Manifest,
+        manifest: Recorder,
         workers: int,
         batch_size: int | None,
         depth: DepthModel | None = None,
@@ -73,7 +73,7 @@ class CpuPipeline:
         self.memory: dict[str, int] = {}
         self.transferred: dict[str, int] = {}
 
-    def run(self, gaps: list[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob) -> bool:
+    def run(self, gaps: Iterable[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob | None) -> bool:
         """Make the samples of ``gaps``; unfinished shards lie in ``folder``; ``made`` is told each batch's length.
 
         Returns False: the label files are not written.

@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from gpufgbg.files import fsync_folder, remove_tree, sync_file_system, write_ato
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Recipe, Shard
 
-__all__ = ["Manifest", "ShardChecksum", "ShardRecord", "merged", "missing", "open_dataset", "tiling"]
+__all__ = ["Manifest", "Recorder", "ShardChecksum", "ShardRecord", "merged", "missing", "open_dataset", "tiling"]
 
 FORMAT_VERSION = 1
 STATE = ".gpufgbg"
@@ -137,6 +137,17 @@ def tiling(pieces: Iterable[Shard], whole: Shard) -> list[Shard] | None:
         chain.append(last)
         last = reached[last.start]
     return chain[::-1] if chain else None
+
+
+class Recorder(Protocol):
+    """Who takes note of committed shards of the data set at ``out``."""
+
+    @property
+    def out(self) -> Path:
+        """Root of the data set."""
+
+    def record(self, records: Iterable[ShardRecord]) -> None:
+        """From here on these shards count as made."""
 
 
 class Manifest:

@@ -22,13 +22,15 @@ from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionErro
 from gpufgbg.files import storage_errors, write_atomic
 from gpufgbg.labels import LabelJob, mask_areas, publish_labels, write_labels
 from gpufgbg.layout import SAMPLE_KINDS, Layout
-from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, merged, missing, open_dataset
+from gpufgbg.manifest import Manifest, Recorder, ShardChecksum, ShardRecord, merged, missing, open_dataset
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Recipe, Shard
+from gpufgbg.scaleout.devices import several_devices
 
 if TYPE_CHECKING:
     from gpufgbg.depth.model import DepthModel
     from gpufgbg.depth.sources import NetworkSource
+    from gpufgbg.scaleout.driver import Driver
 
 __all__ = ["GenerateReport", "add_depth", "generate"]
 
@@ -114,7 +116,8 @@ def generate(
         Make depth maps too, with these weights; see `DepthOptions`.
     sink : {"tree", "zip", "tar"}
         Files in folders, one stored zip, or WebDataset shards.
-    device : {"auto", "cpu", "cuda", "cuda:N"}
+    device : {"auto", "cpu", "cuda", "cuda:N", "cuda:N,M", "cuda:all"}
+        With several cards, a process for each; they share the workers.
     samples : (start, stop), optional
         Make these samples alone; None leaves an end open. Several processes may fill one data set together.
     workers : int, optional
@@ -146,7 +149,9 @@ def generate(
     """
     recipe = recipe or Recipe()
     workers = check_workers(workers)
-    check_device(device)
+    devices = several_devices(device)
+    if not devices:
+        check_device(device)
     if sink not in sinks.SINKS:
         raise OptionError("sink", f"got {sink!r}, expected one of {', '.join(sinks.SINKS)}")
     if batch_size is not None and (not isinstance(batch_size, int) or not 1 <= batch_size <= 65536):
@@ -155,7 +160,7 @@ def generate(
     sources = find_sources(backgrounds, foregrounds, masks)
     if not os.fspath(out):
         raise OptionError("out", "got an empty name, expected the data set's folder")
-    run = _Run(Manifest(Path(out)), device, workers, batch_size, progress, tell)
+    run = _Run(Manifest(Path(out)), device, workers, batch_size, progress, tell, devices)
     manifest = run.manifest
     with run.guarded():
         manifest.check_free()
@@ -178,7 +183,8 @@ def generate(
             theirs = manifest.read()
             if theirs is None:
                 layout = Layout.of(compositor.plan)
-                return _begin(manifest, described, layout, assets, sources, source_sums)
+                listed = _list_assets(layout, assets, sources, source_sums)
+                return begin_dataset(manifest, described, listed, assets, layout)
             if content is None:  # begun by another process while this one prepared
                 _check_same(manifest, theirs, described, source_sums)
             return theirs
@@ -221,10 +227,12 @@ def add_depth(
         What is committed is kept and the same call continues.
     """
     workers = check_workers(workers)
-    check_device(device)
+    devices = several_devices(device)
+    if not devices:
+        check_device(device)
     options = DepthOptions.of(depth)
     manifest, content, recipe = open_dataset(path)
-    run = _Run(manifest, device, workers, batch_size, progress, tell)
+    run = _Run(manifest, device, workers, batch_size, progress, tell, devices)
     with run.guarded():
         if not manifest.records():
             raise DatasetError(
@@ -259,9 +267,11 @@ class _Run:
         batch_size: int | None,
         progress: Progress | None,
         tell: Callable[[str], None] | None,
+        devices: tuple[str, ...] = (),
     ) -> None:
         self.manifest = manifest
-        self.device = device
+        self.device = devices[0] if len(devices) == 1 else device
+        self.devices = devices if len(devices) > 1 else ()
         self.workers = workers
         self.batch_size = batch_size
         self.progress = progress
@@ -315,15 +325,30 @@ class _Run:
         from gpufgbg.depth.model import describe, resolve  # Numba's start takes 0.2 s
         from gpufgbg.depth.sources import open_source
 
-        resolve(options, self.device)
+        for device in self.devices or (self.device,):
+            resolve(options, device)
         self._options, self._network = options, open_source(options, recipe.size)
         return describe(options, self._network)
 
     def load(self, assets: Assets, recipe: Recipe) -> Compositor:
-        """The compositor on the run's device."""
-        compositor = Compositor(assets, recipe, self.device, self.workers)
+        """The compositor on the run's device; where there are several, workers have them."""
+        compositor = Compositor(assets, recipe, "cpu" if self.devices else self.device, self.workers)
         self.lap("load them to the device")
         return compositor
+
+    def _driver(self, compositor: Compositor, sink: str) -> Driver | None:
+        """The driver of workers on several devices; None where this process makes the samples itself."""
+        if not self.devices:
+            return None
+        from gpufgbg.scaleout.driver import Driver
+        from gpufgbg.scaleout.processes import ProcessCrew
+        from gpufgbg.scaleout.worker import Job
+
+        workers = max(1, self.workers // len(self.devices))
+        out, options = self.manifest.out, self._options
+        job = Job(compositor.assets, compositor.recipe, sink, out, workers, self.batch_size, options)
+        crew = ProcessCrew(job, self.devices)
+        return Driver(crew, compositor.plan, self.manifest, options is not None, self.tell)
 
     def make(
         self,
@@ -342,26 +367,32 @@ class _Run:
         target = sinks.select(sink, manifest.out, compositor.plan, kinds)
         memory, transferred = {"device": 0, "pinned": 0}, {"files": 0, "other": 0}
         model: DepthModel | None = None
-        if options and self._gaps(wanted):
+        driver = self._driver(compositor, sink) if self._gaps(wanted) else None
+        if options and driver is None and self._gaps(wanted):
             name = compositor.backend.name
             from gpufgbg.depth.model import DepthModel
 
             model = DepthModel(options, compositor.recipe.size, name, 1, self.tell, self._network)
             self.lap("load or build the depth engine")
         with ExitStack() as held:
+            if driver is not None:
+                held.callback(driver.close)
+                driver.start()
+                self.lap("start the workers")
             with manifest.locked():
                 gaps = self._gaps(wanted)
                 scope = self._scope
                 after = merged(list({*(record.shard for record in manifest.records()), *gaps}))
                 claimed = held.enter_context(manifest.claim(Shard(scope[0].start, scope[-1].stop))) if gaps else None
                 content = begin()
-                if gaps and model is not None:
-                    _add_engine(manifest, content, model)
+                engines = driver.engines if driver else [model.engine.description] if model else []
+                if gaps:
+                    _add_engines(manifest, content, engines)
             self.lap("write the assets and the first dataset.json")
             made, total = _count(gaps), _count(scope)
             ahead: LabelJob | None = None
             if claimed is not None:
-                engine = _engine(compositor, target, manifest, self.workers, self.batch_size, model)
+                engine = driver or make_engine(compositor, target, manifest, self.workers, self.batch_size, model)
                 labels = LabelJob(claimed / "labels", mask_areas(compositor.assets), after)
                 count = _Count(total - made, total, self.progress)
                 try:
@@ -374,7 +405,9 @@ class _Run:
                 except KeyboardInterrupt:
                     raise Interrupted(f"interrupted: {self._safe()}the same command continues") from None
             with manifest.locked():
-                latest = _finish(manifest, content, compositor, target, ahead)
+                if driver is not None:  # workers may have joined meanwhile
+                    _add_engines(manifest, manifest.read() or content, driver.engines)
+                latest = finish_dataset(manifest, content, compositor, target, ahead)
             self.lap("finish: labels, dataset.json")
         numbers = latest["counts"]
         counts = {
@@ -389,7 +422,7 @@ class _Run:
             made,
             numbers["done"],
             numbers["samples"],
-            compositor.backend.name,
+            compositor.backend.name if driver is None else driver.name,
             time.perf_counter() - self._start,
             counts,
             statistics,
@@ -419,10 +452,10 @@ class _Count:
             self.progress(self.done, self.total)
 
 
-def _engine(
+def make_engine(
     compositor: Compositor,
     sink: sinks.Sink,
-    manifest: Manifest,
+    manifest: Recorder,
     workers: int,
     batch_size: int | None,
     depth: DepthModel | None,
@@ -459,13 +492,13 @@ def _check_same(
 ) -> None:
     """Raise `DatasetError` where the data set at the output path was begun with anything else."""
     there, here = ({**of["recipe"], "sink": of["sink"]} for of in (content, described))
-    differences = _differences(there, here)
+    differences = differences_of(there, here)
     if content.get("depth") is None and described["depth"] is not None and not differences:
         raise DatasetError(
             f"--out {printable(manifest.out)}: holds a data set without depth maps: add them with "
             f"gpufgbg depth {printable(manifest.out)} --weights FILE"
         )
-    differences += _depth_differences(content.get("depth"), described["depth"])
+    differences += depth_differences(content.get("depth"), described["depth"])
     for kind, sums in source_sums.items():
         listed = content["assets"][kind]
         known = [entry["source_sha256"] for entry in listed]
@@ -488,7 +521,7 @@ def _check_same_depth(manifest: Manifest, content: dict[str, Any], described: di
     """Raise `DatasetError` where the data set has depth maps that are not like those described."""
     if content.get("depth") is None:
         return
-    differences = _depth_differences(content["depth"], described)
+    differences = depth_differences(content["depth"], described)
     if differences:
         raise DatasetError(
             f"{printable(manifest.out)}: has depth maps of other weights or options: {'; '.join(differences)}: give "
@@ -499,7 +532,7 @@ def _check_same_depth(manifest: Manifest, content: dict[str, Any], described: di
 _FILE = ("weights", "sha256", "engines")  # of depth: what is not an option
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def differences_of(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return [
         f"{name} is {there.get(name)!r} there and {value!r} here"
         for name, value in here.items()
@@ -507,59 +540,66 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ]
 
 
-def _depth_differences(there: dict[str, Any] | None, here: dict[str, Any] | None) -> list[str]:
+def depth_differences(there: dict[str, Any] | None, here: dict[str, Any] | None) -> list[str]:
     """In what decides depth maps but for the engine; a file of weights may have any name."""
     if there is None or here is None:
         states = ("has none" if depth is None else "has depth maps" for depth in (there, here))
         return [] if there is here else ["it {}, this run {}".format(*states)]
     shown = ({f"depth_{name}": value for name, value in d.items() if name not in _FILE} for d in (there, here))
-    differences = _differences(*shown)
+    differences = differences_of(*shown)
     if there["sha256"] != here["sha256"]:
         names = (f"{d['weights']} ({d['sha256'][:12]})" for d in (there, here))
         differences.insert(0, "depth weights are {} there and {} here".format(*names))
     return differences
 
 
-def _add_engine(manifest: Manifest, content: dict[str, Any], model: DepthModel) -> None:
-    """Note in dataset.json which engine makes depth maps from here on. Call it with the lock held."""
-    engines = content["depth"].setdefault("engines", [])
-    if model.engine.description not in engines:
-        engines.append(model.engine.description)
+def _add_engines(manifest: Manifest, content: dict[str, Any], engines: list[dict[str, Any]]) -> None:
+    """Note in dataset.json which engines make depth maps from here on. Call it with the lock held."""
+    new = [engine for engine in engines if engine not in (content["depth"] or {}).get("engines", [])]
+    if new:
+        content["depth"].setdefault("engines", []).extend(new)
         manifest.write(content)
 
 
-def _begin(
-    manifest: Manifest,
-    described: dict[str, Any],
-    layout: Layout,
-    assets: Assets,
-    sources: Sources,
-    source_sums: dict[str, list[str]],
+#: kind of asset -> where dataset.json lists it
+_LISTED = {"background": "backgrounds", "foreground": "foregrounds", "foreground_mask": "masks"}
+
+
+def _list_assets(
+    layout: Layout, assets: Assets, sources: Sources, source_sums: dict[str, list[str]]
 ) -> dict[str, Any]:
-    """Write the assets and the first dataset.json."""
-    names = {
-        "background": ("backgrounds", layout.background_file),
-        "foreground": ("foregrounds", layout.foreground_file),
-        "foreground_mask": ("masks", layout.mask_file),
+    """The assets as dataset.json lists them."""
+    paths = {
+        "background": layout.background_file,
+        "foreground": layout.foreground_file,
+        "foreground_mask": layout.mask_file,
     }
     listed: dict[str, Any] = {
         "fingerprint": assets.fingerprint(),
         "masks_from": "files" if sources.masks else "alpha",
     }
-    for kind, (plural, path_of) in names.items():
+    for kind, plural in _LISTED.items():
         # Without mask files, a mask comes from the foreground's alpha.
         sums = source_sums[plural] or source_sums["foregrounds"]
-        listed[plural] = []
-        for i, (file, source_sum) in enumerate(zip(assets.files[kind], sums, strict=True)):
-            write_atomic(manifest.out / path_of(i), file.data, manifest.scratch)
-            listed[plural].append(
-                {
-                    "file": path_of(i),
-                    "sha256": _sha256(file.data),
-                    "source": file.source,
-                    "source_sha256": source_sum,
-                }
-            )
+        listed[plural] = [
+            {
+                "file": paths[kind](i),
+                "sha256": _sha256(file.data),
+                "source": file.source,
+                "source_sha256": source_sum,
+            }
+            for i, (file, source_sum) in enumerate(zip(assets.files[kind], sums, strict=True))
+        ]
+    return listed
+
+
+def begin_dataset(
+    manifest: Manifest, described: dict[str, Any], listed: dict[str, Any], assets: Assets, layout: Layout
+) -> dict[str, Any]:
+    """Write the assets and the first dataset.json; returns its content. Call it with the lock held."""
+    for kind, plural in _LISTED.items():
+        for entry, file in zip(listed[plural], assets.files[kind], strict=True):
+            write_atomic(manifest.out / entry["file"], file.data, manifest.scratch)
     content = {
         **described,
         "versions": versions(),
@@ -587,13 +627,8 @@ def load_assets(out: Path, content: dict[str, Any]) -> Assets:
     DatasetError
         A file is missing or is not what it was.
     """
-    kinds = {
-        "background": "backgrounds",
-        "foreground": "foregrounds",
-        "foreground_mask": "masks",
-    }
     files: dict[str, tuple[AssetFile, ...]] = {}
-    for kind, plural in kinds.items():
+    for kind, plural in _LISTED.items():
         loaded = []
         for entry in content["assets"][plural]:
             path = out / entry["file"]
@@ -614,7 +649,7 @@ def load_assets(out: Path, content: dict[str, Any]) -> Assets:
         raise DatasetError(f"{printable(out)}: assets can't be decoded: {error}") from None
 
 
-def _finish(
+def finish_dataset(
     manifest: Manifest,
     content: dict[str, Any],
     compositor: Compositor,

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.layout import Layout
-from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord
+from gpufgbg.manifest import Recorder, ShardChecksum, ShardRecord
 from gpufgbg.recipe import Placements, Plan, Shard
-from gpufgbg.sinks import EncodedSamples, Sink
+from gpufgbg.sinks import EncodedSamples, Publisher, Sink
 
 __all__ = ["Committer", "OpenShard"]
 
@@ -83,7 +83,7 @@ class Committer:
     All shards that wait are made durable by one call, since one call for many files costs little more than for one.
     """
 
-    def __init__(self, sink: Sink, manifest: Manifest) -> None:
+    def __init__(self, sink: Publisher, manifest: Recorder) -> None:
         self._sink = sink
         self._manifest = manifest
         self._waiting: queue.SimpleQueue[tuple[ShardRecord, Path] | None] = queue.SimpleQueue()

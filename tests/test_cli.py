@@ -36,7 +36,7 @@ def options() -> list[tuple[str, argparse.Action]]:
 
 
 def test_the_commands():
-    assert list(commands()) == ["generate", "demo", "depth", "stats", "verify", "preview"]
+    assert list(commands()) == ["generate", "demo", "depth", "merge", "stats", "verify", "preview"]
 
 
 @pytest.mark.parametrize(("command", "action"), options(), ids=lambda v: getattr(v, "dest", v))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from gpufgbg.recipe import Placements, Plan, Shard
 
-__all__ = ["SINKS", "EncodedSamples", "ShardWriter", "Sink", "select"]
+__all__ = ["SINKS", "EncodedSamples", "Publisher", "ShardWriter", "Sink", "select"]
 
 SINKS = ("tree", "zip", "tar")
 
@@ -66,7 +66,17 @@ class ShardWriter(Protocol):
         """Let go of open files; the run's folder is removed by its owner."""
 
 
-class Sink(Protocol):
+class Publisher(Protocol):
+    """What makes closed shards appear."""
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+
+    def publish(self, folder: Path, shard: Shard) -> None:
+        """Make a closed and durable shard appear, whole; any process may do it."""
+
+
+class Sink(Publisher, Protocol):
     """A way to keep a data set in a folder.
 
     Attributes
@@ -84,12 +94,6 @@ class Sink(Protocol):
 
     def open(self, folder: Path, shard: Shard) -> ShardWriter:
         """Begin a shard whose unfinished parts lie in ``folder``."""
-
-    def sync(self) -> None:
-        """Make everything written so far durable."""
-
-    def publish(self, folder: Path, shard: Shard) -> None:
-        """Make a closed and durable shard appear, whole; any process may do it."""
 
     def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
         """(path in the folder tree, bytes) of every file of a committed shard, sample by sample.
