@@ -40,6 +40,7 @@ from gpufgbg.exceptions import (
     printable,
 )
 from gpufgbg.recipe import FLIPS, SUBSAMPLINGS, Recipe
+from gpufgbg.urls import is_url
 
 if TYPE_CHECKING:
     from gpufgbg.pipeline import GenerateReport
@@ -116,7 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of masks, named like the foregrounds, also with mask_ before or _mask behind "
         "(default: the foreground's alpha is its mask)",
     )
-    made.add_argument("--out", required=True, metavar="PATH", help="folder of the data set")
+    made.add_argument(
+        "--out", required=True, metavar="PATH", help="folder of the data set, or a URL such as s3://BUCKET/FOLDER"
+    )
     _add_recipe(made)
     _add_depth(made, "--depth", "add depth maps, predicted with these weights")
     made.add_argument(
@@ -480,7 +483,7 @@ def _depth(options: argparse.Namespace) -> int:
         return 0
     if options.frame is not None:
         raise OptionError("frame", "is for build: a data set or a folder of pictures has its own")
-    if Manifest(Path(options.target)).file.is_file():
+    if is_url(options.target) or Manifest(Path(options.target)).file.is_file():
         if options.out is not None:
             raise OptionError("out", f"{printable(options.target)} is a data set of ours: its depth maps go into it")
         with _progress("samples", quiet=options.json) as progress:

@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,12 +28,23 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from gpufgbg.exceptions import DatasetError, printable
+from gpufgbg.exceptions import DatasetError, StorageError, printable
 from gpufgbg.files import fsync_folder, remove_tree, sync_file_system, write_atomic
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Recipe, Shard
+from gpufgbg.urls import is_url, local_path
 
-__all__ = ["Manifest", "Recorder", "ShardChecksum", "ShardRecord", "merged", "missing", "open_dataset", "tiling"]
+__all__ = [
+    "Manifest",
+    "Recorder",
+    "ShardChecksum",
+    "ShardRecord",
+    "merged",
+    "missing",
+    "open_dataset",
+    "open_manifest",
+    "tiling",
+]
 
 FORMAT_VERSION = 1
 STATE = ".gpufgbg"
@@ -72,6 +83,10 @@ class ShardRecord:
             "bytes": self.size_bytes,
             "moments": {kind: m.to_dict() for kind, m in self.moments.items()},
         }
+
+    def to_json(self) -> bytes:
+        """As the file of it."""
+        return (json.dumps(self.to_dict(), indent=1) + "\n").encode()
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ShardRecord:
@@ -268,9 +283,8 @@ class Manifest:
         self.scratch.mkdir(exist_ok=True)
         written, ranges = [], []
         for record in records:
-            text = json.dumps(record.to_dict(), indent=1) + "\n"
             path = self.scratch / f"{record.shard.name}.json"
-            path.write_text(text)
+            path.write_bytes(record.to_json())
             written.append(path)
             if record.depth_ranges is not None:
                 path = self.scratch / f"{record.shard.name}.f32"
@@ -302,13 +316,21 @@ class Manifest:
                 continue
             path = self._depth / f"{shard.name}.f32"
             try:
-                values = np.fromfile(path, "<f4", 2 * (stop - start), offset=8 * (start - shard.start))
+                data = self._floats(path.name, 2 * (start - shard.start), 2 * (stop - start))
+            except StorageError:
+                raise
             except OSError as error:
                 raise DatasetError(f"{printable(path)}: can't be read: {error.strerror}") from None
-            if len(values) != 2 * (stop - start):
+            if len(data) != 8 * (stop - start):
                 raise DatasetError(f"{printable(path)}: damaged: too short")
-            found.append(values.reshape(-1, 2))
+            found.append(np.frombuffer(data, "<f4").reshape(-1, 2))
         return np.concatenate(found) if found else np.empty((0, 2), np.float32)
+
+    def _floats(self, name: str, first: int, count: int) -> bytes:
+        """The bytes of ``count`` floats of a file of depths; fewer where it is too short."""
+        with (self._depth / name).open("rb") as file:
+            file.seek(4 * first)
+            return file.read(4 * count)
 
     def forget_pieces(self, joined: Iterable[ShardRecord]) -> None:
         """Remove the records of pieces that lie in these joined ones; others may be added meanwhile, and stay."""
@@ -330,19 +352,28 @@ class Manifest:
 
     def records(self) -> list[ShardRecord]:
         """All committed shards, in order; none overlaps another."""
-        folder = self.state / "shards"
-        found: list[ShardRecord] = []
-        for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-            try:
-                found.append(ShardRecord.from_dict(json.loads(path.read_bytes())))
-            except (ValueError, KeyError, TypeError):
-                raise DatasetError(f"{printable(path)}: damaged: remove it and run generate again") from None
-        found.sort(key=lambda record: (record.shard.start, -record.shard.stop))
+        found = sorted(self._read_records(), key=lambda record: (record.shard.start, -record.shard.stop))
         kept: list[ShardRecord] = []
         for record in found:  # pieces that a kill left beside the shard they were joined into
             if not kept or record.shard.start >= kept[-1].shard.stop:
                 kept.append(record)
         return kept
+
+    def _read_records(self) -> Iterator[ShardRecord]:
+        folder = self.state / "shards"
+        for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+            yield self._parsed(path, path.read_bytes())
+
+    @staticmethod
+    def _parsed(path: Path | str, data: bytes) -> ShardRecord:
+        try:
+            return ShardRecord.from_dict(json.loads(data))
+        except (ValueError, KeyError, TypeError):
+            raise DatasetError(f"{printable(path)}: damaged: remove it and run generate again") from None
+
+    def settled(self, content: dict[str, Any]) -> bool:
+        """Whether dataset.json with this content, just written, lists all records; the lock sees to it."""
+        return True
 
     # -- dataset.json -------------------------------------------------------------------------------
 
@@ -350,7 +381,21 @@ class Manifest:
         """Write dataset.json, whole or not at all."""
         head = {"format": "gpufgbg", "format_version": FORMAT_VERSION}
         text = json.dumps({**head, **content}, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(self.file, text.encode("utf-8", "backslashreplace"), self.scratch)
+        self.put({self.file.name: text.encode("utf-8", "backslashreplace")})
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Write files of the data set under their paths in it, each whole or not at all."""
+        for path, data in files.items():
+            write_atomic(self.out / path, data, self.scratch)
+
+
+def open_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The bookkeeping at a path or URL; nothing is read yet."""
+    if is_url(path):
+        from gpufgbg.remote.manifest import RemoteManifest
+
+        return RemoteManifest(str(path))
+    return Manifest(local_path(path))
 
 
 def open_dataset(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, Any], Recipe]:
@@ -361,7 +406,7 @@ def open_dataset(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, Any]
     DatasetError
         There is none at this path.
     """
-    manifest = Manifest(Path(path))
+    manifest = open_manifest(path)
     content = manifest.read()
     if content is None:
         raise DatasetError(f"{printable(path)}: no dataset.json: expected a data set made by gpufgbg")

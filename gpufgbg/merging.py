@@ -19,10 +19,11 @@ from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.exceptions import DatasetError, Interrupted, OptionError, printable
 from gpufgbg.files import storage_errors
 from gpufgbg.layout import SAMPLE_KINDS, Layout
-from gpufgbg.manifest import Manifest, ShardRecord, merged, missing, open_dataset
+from gpufgbg.manifest import Manifest, ShardRecord, merged, missing, open_dataset, open_manifest
 from gpufgbg.pipeline import begin_dataset, depth_differences, differences_of, finish_dataset, load_assets
 from gpufgbg.recipe import Plan, Recipe, Shard
 from gpufgbg.shards import Committer, OpenShard
+from gpufgbg.urls import is_url, local_path
 
 __all__ = ["MergeReport", "merge"]
 
@@ -85,9 +86,9 @@ def merge(
 
     Parameters
     ----------
-    out : path
+    out : path or URL
         Folder of the data set: new, empty, or one of the same recipe and pictures, which is added to.
-    parts : sequence of path
+    parts : sequence of path or URL
         Data sets that `generate` made, of any sink; they stay as they are. A new ``out`` gets the first one's sink.
     workers : int, optional
         Threads that copy, by default one a core.
@@ -114,9 +115,9 @@ def merge(
         raise OptionError("PART", "got none, expected the data sets to be merged")
     if not os.fspath(out):
         raise OptionError("OUT", "got an empty name, expected the data set's folder")
-    manifest = Manifest(Path(out))
+    manifest = open_manifest(out)
     for part in parts:
-        if Path(part).resolve() == manifest.out.resolve():
+        if _place(part) == _place(out):
             raise OptionError("PART", f"{printable(part)} is also OUT: leave it out, its samples stay")
     with storage_errors(manifest.out):
         manifest.check_free()
@@ -151,6 +152,10 @@ def merge(
         tuple(missing(Shard(0, len(compositor)), done)),
         time.perf_counter() - begun,
     )
+
+
+def _place(path: str | os.PathLike[str]) -> object:
+    return str(path).rstrip("/") if is_url(path) else local_path(path).resolve()
 
 
 def _open(paths: Sequence[str | os.PathLike[str]]) -> tuple[Assets, list[_Part]]:

@@ -6,7 +6,8 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,24 @@ from gpufgbg.assets import AssetFile, Assets, Sources, find_sources, prepare_sou
 from gpufgbg.backends import check_device
 from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.depth.options import DepthOptions
-from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, printable
-from gpufgbg.files import storage_errors, write_atomic
+from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, StorageError, printable
+from gpufgbg.files import storage_errors
 from gpufgbg.labels import LabelJob, mask_areas, publish_labels, write_labels
 from gpufgbg.layout import SAMPLE_KINDS, Layout
-from gpufgbg.manifest import Manifest, Recorder, ShardChecksum, ShardRecord, merged, missing, open_dataset
+from gpufgbg.manifest import (
+    Manifest,
+    Recorder,
+    ShardChecksum,
+    ShardRecord,
+    merged,
+    missing,
+    open_dataset,
+    open_manifest,
+)
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Recipe, Shard
 from gpufgbg.scaleout.devices import several_devices
+from gpufgbg.urls import is_url
 
 if TYPE_CHECKING:
     from gpufgbg.depth.model import DepthModel
@@ -107,8 +118,9 @@ def generate(
 
     Parameters
     ----------
-    out : path
-        Folder of the data set: new, empty, or one that this very call began before.
+    out : path or URL
+        Folder of the data set: new, empty, or one that this very call began before. Also ``s3://BUCKET/FOLDER`` and
+        any other URL that fsspec knows, with ``sink="tar"``.
     backgrounds, foregrounds, masks : path
         Folders of pictures, as for `gpufgbg.prepare`.
     recipe : Recipe, optional
@@ -160,7 +172,9 @@ def generate(
     sources = find_sources(backgrounds, foregrounds, masks)
     if not os.fspath(out):
         raise OptionError("out", "got an empty name, expected the data set's folder")
-    run = _Run(Manifest(Path(out)), device, workers, batch_size, progress, tell, devices)
+    if is_url(out) and sink != "tar":
+        raise OptionError("sink", f"got {sink!r} with a URL as --out, expected tar: a store takes whole shards")
+    run = _Run(open_manifest(out), device, workers, batch_size, progress, tell, devices)
     manifest = run.manifest
     with run.guarded():
         manifest.check_free()
@@ -231,6 +245,8 @@ def add_depth(
     if not devices:
         check_device(device)
     options = DepthOptions.of(depth)
+    if is_url(path):
+        raise OptionError("DATASET", f"got {printable(path)}: depth maps go into a store with generate --depth alone")
     manifest, content, recipe = open_dataset(path)
     run = _Run(manifest, device, workers, batch_size, progress, tell, devices)
     with run.guarded():
@@ -408,6 +424,8 @@ class _Run:
                 if driver is not None:  # workers may have joined meanwhile
                     _add_engines(manifest, manifest.read() or content, driver.engines)
                 latest = finish_dataset(manifest, content, compositor, target, ahead)
+                while not manifest.settled(latest):
+                    latest = finish_dataset(manifest, content, compositor, target, None)
             self.lap("finish: labels, dataset.json")
         numbers = latest["counts"]
         counts = {
@@ -597,9 +615,13 @@ def begin_dataset(
     manifest: Manifest, described: dict[str, Any], listed: dict[str, Any], assets: Assets, layout: Layout
 ) -> dict[str, Any]:
     """Write the assets and the first dataset.json; returns its content. Call it with the lock held."""
-    for kind, plural in _LISTED.items():
-        for entry, file in zip(listed[plural], assets.files[kind], strict=True):
-            write_atomic(manifest.out / entry["file"], file.data, manifest.scratch)
+    manifest.put(
+        {
+            entry["file"]: file.data
+            for kind, plural in _LISTED.items()
+            for entry, file in zip(listed[plural], assets.files[kind], strict=True)
+        }
+    )
     content = {
         **described,
         "versions": versions(),
@@ -630,10 +652,13 @@ def load_assets(out: Path, content: dict[str, Any]) -> Assets:
     files: dict[str, tuple[AssetFile, ...]] = {}
     for kind, plural in _LISTED.items():
         loaded = []
-        for entry in content["assets"][plural]:
+        listed = content["assets"][plural]
+        for entry, read in zip(listed, _reading([out / entry["file"] for entry in listed]), strict=True):
             path = out / entry["file"]
             try:
-                data = path.read_bytes()
+                data = read()
+            except StorageError:
+                raise
             except OSError as error:
                 raise DatasetError(f"{printable(path)}: can't be read: {error.strerror}") from None
             if _sha256(data) != entry["sha256"]:
@@ -647,6 +672,15 @@ def load_assets(out: Path, content: dict[str, Any]) -> Assets:
         return Assets.from_files(files)
     except (OSError, InputError) as error:
         raise DatasetError(f"{printable(out)}: assets can't be decoded: {error}") from None
+
+
+def _reading(paths: list[Path]) -> Iterator[Callable[[], bytes]]:
+    """What gives each file's bytes; of a store, several are on their way at a time."""
+    if paths and isinstance(paths[0], Path):
+        yield from (path.read_bytes for path in paths)
+        return
+    with ThreadPoolExecutor(16) as pool:
+        yield from (future.result for future in [pool.submit(path.read_bytes) for path in paths])
 
 
 def finish_dataset(

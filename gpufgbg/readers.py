@@ -19,6 +19,7 @@ from PIL import Image
 
 from gpufgbg.exceptions import DatasetError, printable
 from gpufgbg.layout import KINDS, TAR_SUFFIXES
+from gpufgbg.urls import is_url, local_path
 
 __all__ = ["StoredPicture", "scan"]
 
@@ -67,7 +68,7 @@ def scan(path: str | os.PathLike[str]) -> Iterator[StoredPicture]:
 
     Parameters
     ----------
-    path : path
+    path : path or URL
         A folder with a tree, with ``dataset.zip`` or with tar shards in it, or a zip or tar file itself.
 
     Raises
@@ -75,8 +76,12 @@ def scan(path: str | os.PathLike[str]) -> Iterator[StoredPicture]:
     DatasetError
         There is nothing of a data set at the path, or an archive is damaged.
     """
-    root = Path(path)
-    if root.is_file():
+    root = local_path(path)
+    if is_url(path):
+        from gpufgbg.remote.readers import scan_store
+
+        sources = [scan_store(str(path))]
+    elif root.is_file():
         sources = [_archive(root)]
     elif root.is_dir():
         archives = [root / "dataset.zip"] if (root / "dataset.zip").is_file() else []
@@ -96,7 +101,9 @@ def scan(path: str | os.PathLike[str]) -> Iterator[StoredPicture]:
             yield picture
     if not found:
         folders = ", ".join(f"{folder}/" for folder in KINDS.values())
-        raise DatasetError(f"{printable(root)}: no pictures of a data set in it: expected {folders}")
+        raise DatasetError(
+            f"{printable(path if is_url(path) else root)}: no pictures of a data set in it: expected {folders}"
+        )
 
 
 def _tree(root: Path) -> Iterator[StoredPicture]:

@@ -39,6 +39,7 @@ from gpufgbg.compositor import Compositor
 from gpufgbg.exceptions import GpufgbgError, GpufgbgWarning
 from gpufgbg.files import remove_tree
 from gpufgbg.layout import SAMPLE_KINDS
+from gpufgbg.remote.store import RemotePath
 
 if TYPE_CHECKING:
     from gpufgbg.assets import Assets
@@ -184,11 +185,22 @@ class _Worker:
         job, link, compositor = self._job, self._link, self._compositor
         kinds = SAMPLE_KINDS if self._model else SAMPLE_KINDS[:-1]
         sink = sinks.select(job.sink, job.out, compositor.plan, kinds)
-        folder.mkdir()
         engine = make_engine(compositor, sink, _Reporter(job.out, link), job.workers, job.batch_size, self._model)
-        engine.run(link.shards(), folder, lambda count: link.send("made", count), None)
-        remove_tree(folder)
+        with _run_folder(job, folder) as path:
+            engine.run(link.shards(), path, lambda count: link.send("made", count), None)
         link.send("done", engine.timeline, engine.memory, engine.transferred)
+
+
+@contextlib.contextmanager
+def _run_folder(job: Job, folder: Path) -> Iterator[Path]:
+    """The folder for unfinished shards; on this machine's own disk where the shards go to a store."""
+    if isinstance(job.out, RemotePath) and not folder.parent.is_dir():  # the driver is on another machine
+        with tempfile.TemporaryDirectory(prefix="gpufgbg-") as own:
+            yield Path(own)
+        return
+    folder.mkdir()
+    yield folder
+    remove_tree(folder)
 
 
 @contextlib.contextmanager

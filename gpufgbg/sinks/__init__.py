@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gpufgbg.exceptions import OptionError
 from gpufgbg.layout import Layout
+from gpufgbg.remote.store import RemotePath
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +68,16 @@ class ShardWriter(Protocol):
 
 
 class Publisher(Protocol):
-    """What makes closed shards appear."""
+    """What makes closed shards appear.
+
+    Attributes
+    ----------
+    uploads : int
+        Shards that are published at the same time where that takes long, and twice as many may wait; 0: one after
+        the other, and any number may wait.
+    """
+
+    uploads: int
 
     def sync(self) -> None:
         """Make everything written so far durable."""
@@ -131,9 +141,15 @@ class FileShard:
         self.file.close()
 
 
-def select(name: str, out: Path, plan: Plan, kinds: Sequence[str]) -> Sink:
+def select(name: str, out: Path | RemotePath, plan: Plan, kinds: Sequence[str]) -> Sink:
     """The sink called ``name`` for a data set at ``out`` with these kinds of pictures a sample, or `OptionError`."""
     layout = Layout.of(plan)
+    if isinstance(out, RemotePath):
+        if name != "tar":
+            raise OptionError("sink", f"got {name!r} with a URL, expected tar: a store takes whole shards")
+        from gpufgbg.sinks.remote_tar import RemoteTarSink
+
+        return RemoteTarSink(out, plan, layout, kinds)
     if name == "tree":
         from gpufgbg.sinks.tree import TreeSink
 

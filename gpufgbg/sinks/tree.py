@@ -24,6 +24,7 @@ class TreeSink:
     """Keeps every picture as a file; see the module."""
 
     name = "tree"
+    uploads = 0
 
     def __init__(self, out: Path, plan: Plan, layout: Layout, kinds: Sequence[str]) -> None:
         self.out = out
