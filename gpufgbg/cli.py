@@ -135,6 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="A:B",
         help="make the samples from A to B - 1 only; several runs may fill one data set (default: all)",
     )
+    made.add_argument(
+        "--ray",
+        metavar="ADDRESS|local",
+        help="make the samples on all GPUs of a Ray cluster, or all machines of one without: HOST:PORT or auto, or "
+        "local for one of this machine alone",
+    )
     made.set_defaults(run=_generate)
 
     demo = commands.add_parser(
@@ -361,6 +367,7 @@ def _generate(options: argparse.Namespace) -> int:
             depth=depth,
             sink=options.sink,
             device=options.device,
+            ray=options.ray,
             samples=options.samples,
             workers=options.workers,
             progress=progress,
@@ -403,7 +410,7 @@ def _print_remarks(options: argparse.Namespace, depth: DepthOptions | None) -> N
 
     if depth is not None and depth.weights == DEMO:
         print("depth maps are the built-in demo network's: for trying out, not for training")
-    if options.device == "auto" and (reason := why_cpu(options.device)):
+    if options.device == "auto" and not getattr(options, "ray", None) and (reason := why_cpu(options.device)):
         print(f"made on the CPU: {reason}")
 
 
@@ -444,7 +451,7 @@ def _demo(options: argparse.Namespace) -> int:
     with storage_errors(out):
         backgrounds, foregrounds = write_sample_assets(assets)
     options.backgrounds, options.foregrounds, options.masks = backgrounds, foregrounds, None
-    options.out, options.samples = dataset, None
+    options.out, options.samples, options.ray = dataset, None, None
     wanted = options.depth
     if wanted is None:
         wanted = find_spec("onnxruntime") is not None and find_spec("onnx") is not None

@@ -108,6 +108,7 @@ def generate(
     depth: str | os.PathLike[str] | DepthOptions | None = None,
     sink: str = "tree",
     device: str = "auto",
+    ray: str | None = None,
     samples: tuple[int | None, int | None] | None = None,
     workers: int | None = None,
     batch_size: int | None = None,
@@ -130,6 +131,9 @@ def generate(
         Files in folders, one stored zip, or WebDataset shards.
     device : {"auto", "cpu", "cuda", "cuda:N", "cuda:N,M", "cuda:all"}
         With several cards, a process for each; they share the workers.
+    ray : str, optional
+        Make the samples on a Ray cluster, ``"HOST:PORT"`` or ``"auto"``, or on one of this machine, ``"local"``: on
+        all its GPUs, or all machines where there is none. ``out`` is a folder that all machines share, or a URL.
     samples : (start, stop), optional
         Make these samples alone; None leaves an end open. Several processes may fill one data set together.
     workers : int, optional
@@ -164,6 +168,10 @@ def generate(
     devices = several_devices(device)
     if not devices:
         check_device(device)
+    if ray is not None and device != "auto":
+        raise OptionError(
+            "device", f"got {device!r} with --ray, which takes the cluster's GPUs: leave one of them out"
+        )
     if sink not in sinks.SINKS:
         raise OptionError("sink", f"got {sink!r}, expected one of {', '.join(sinks.SINKS)}")
     if batch_size is not None and (not isinstance(batch_size, int) or not 1 <= batch_size <= 65536):
@@ -174,7 +182,7 @@ def generate(
         raise OptionError("out", "got an empty name, expected the data set's folder")
     if is_url(out) and sink != "tar":
         raise OptionError("sink", f"got {sink!r} with a URL as --out, expected tar: a store takes whole shards")
-    run = _Run(open_manifest(out), device, workers, batch_size, progress, tell, devices)
+    run = _Run(open_manifest(out), device, workers, batch_size, progress, tell, devices, ray)
     manifest = run.manifest
     with run.guarded():
         manifest.check_free()
@@ -284,10 +292,12 @@ class _Run:
         progress: Progress | None,
         tell: Callable[[str], None] | None,
         devices: tuple[str, ...] = (),
+        ray: str | None = None,
     ) -> None:
         self.manifest = manifest
         self.device = devices[0] if len(devices) == 1 else device
         self.devices = devices if len(devices) > 1 else ()
+        self.ray = ray
         self.workers = workers
         self.batch_size = batch_size
         self.progress = progress
@@ -341,30 +351,43 @@ class _Run:
         from gpufgbg.depth.model import describe, resolve  # Numba's start takes 0.2 s
         from gpufgbg.depth.sources import open_source
 
-        for device in self.devices or (self.device,):
+        for device in self.devices or (self.device,) if self.ray is None else ():
             resolve(options, device)
         self._options, self._network = options, open_source(options, recipe.size)
         return describe(options, self._network)
 
     def load(self, assets: Assets, recipe: Recipe) -> Compositor:
         """The compositor on the run's device; where there are several, workers have them."""
-        compositor = Compositor(assets, recipe, "cpu" if self.devices else self.device, self.workers)
+        compositor = Compositor(assets, recipe, "cpu" if self._spread else self.device, self.workers)
         self.lap("load them to the device")
         return compositor
 
-    def _driver(self, compositor: Compositor, sink: str) -> Driver | None:
-        """The driver of workers on several devices; None where this process makes the samples itself."""
-        if not self.devices:
-            return None
-        from gpufgbg.scaleout.driver import Driver
+    @property
+    def _spread(self) -> bool:
+        """Whether others make the samples."""
+        return bool(self.devices) or self.ray is not None
+
+    def _driver(self, compositor: Compositor, sink: str, held: ExitStack) -> Driver:
+        """The driver of workers on several devices or machines; ``held`` ends them."""
+        from gpufgbg.scaleout.cluster import RayCrew, connected
+        from gpufgbg.scaleout.driver import Crew, Driver
         from gpufgbg.scaleout.processes import ProcessCrew
         from gpufgbg.scaleout.worker import Job
 
-        workers = max(1, self.workers // len(self.devices))
         out, options = self.manifest.out, self._options
+        if isinstance(out, Path):
+            out = out.absolute()
+        workers = max(1, self.workers // max(1, len(self.devices)))
         job = Job(compositor.assets, compositor.recipe, sink, out, workers, self.batch_size, options)
-        crew = ProcessCrew(job, self.devices)
-        return Driver(crew, compositor.plan, self.manifest, options is not None, self.tell)
+        crew: Crew
+        if self.ray is None:
+            crew = ProcessCrew(job, self.devices)
+        else:
+            held.enter_context(connected(self.ray))
+            crew = RayCrew(job.carrying_weights())
+        driver = Driver(crew, compositor.plan, self.manifest, options is not None, self.tell)
+        held.callback(driver.close)
+        return driver
 
     def make(
         self,
@@ -383,18 +406,18 @@ class _Run:
         target = sinks.select(sink, manifest.out, compositor.plan, kinds)
         memory, transferred = {"device": 0, "pinned": 0}, {"files": 0, "other": 0}
         model: DepthModel | None = None
-        driver = self._driver(compositor, sink) if self._gaps(wanted) else None
-        if options and driver is None and self._gaps(wanted):
-            name = compositor.backend.name
-            from gpufgbg.depth.model import DepthModel
-
-            model = DepthModel(options, compositor.recipe.size, name, 1, self.tell, self._network)
-            self.lap("load or build the depth engine")
+        driver: Driver | None = None
         with ExitStack() as held:
-            if driver is not None:
-                held.callback(driver.close)
+            if self._spread and self._gaps(wanted):
+                driver = self._driver(compositor, sink, held)
                 driver.start()
                 self.lap("start the workers")
+            elif options and self._gaps(wanted):
+                name = compositor.backend.name
+                from gpufgbg.depth.model import DepthModel
+
+                model = DepthModel(options, compositor.recipe.size, name, 1, self.tell, self._network)
+                self.lap("load or build the depth engine")
             with manifest.locked():
                 gaps = self._gaps(wanted)
                 scope = self._scope

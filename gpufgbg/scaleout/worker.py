@@ -23,6 +23,7 @@ import dataclasses
 import mmap
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -36,7 +37,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gpufgbg import exceptions, sinks
 from gpufgbg.compositor import Compositor
-from gpufgbg.exceptions import GpufgbgError, GpufgbgWarning
+from gpufgbg.depth.options import DEMO
+from gpufgbg.exceptions import DatasetError, GpufgbgError, GpufgbgWarning, printable
 from gpufgbg.files import remove_tree
 from gpufgbg.layout import SAMPLE_KINDS
 from gpufgbg.remote.store import RemotePath
@@ -88,6 +90,12 @@ class Job:
     batch_size: int | None = None
     depth: DepthOptions | None = None
     weights: bytes | None = None
+
+    def carrying_weights(self) -> Job:
+        """The job for other machines, with the bytes of the file of weights."""
+        if self.depth is None or self.depth.weights == DEMO:
+            return self
+        return dataclasses.replace(self, weights=Path(self.depth.weights).read_bytes())
 
 
 def serve(channel: Channel, job: Job, device: str) -> None:
@@ -198,6 +206,11 @@ def _run_folder(job: Job, folder: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="gpufgbg-") as own:
             yield Path(own)
         return
+    if not folder.parent.is_dir():
+        raise DatasetError(
+            f"--out {printable(job.out)}: not there on {socket.gethostname()}: expected a folder that all machines "
+            "share under one path, or a store (s3://BUCKET/FOLDER)"
+        )
     folder.mkdir()
     yield folder
     remove_tree(folder)
