@@ -141,6 +141,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="make the samples on all GPUs of a Ray cluster, or all machines of one without: HOST:PORT or auto, or "
         "local for one of this machine alone",
     )
+    made.add_argument(
+        "--labels",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="labels/ and labels.parquet (default), or leave the labels to the tar shards, for very many samples",
+    )
     made.set_defaults(run=_generate)
 
     demo = commands.add_parser(
@@ -368,6 +374,7 @@ def _generate(options: argparse.Namespace) -> int:
             sink=options.sink,
             device=options.device,
             ray=options.ray,
+            labels=options.labels,
             samples=options.samples,
             workers=options.workers,
             progress=progress,
@@ -451,7 +458,7 @@ def _demo(options: argparse.Namespace) -> int:
     with storage_errors(out):
         backgrounds, foregrounds = write_sample_assets(assets)
     options.backgrounds, options.foregrounds, options.masks = backgrounds, foregrounds, None
-    options.out, options.samples, options.ray = dataset, None, None
+    options.out, options.samples, options.ray, options.labels = dataset, None, None, True
     wanted = options.depth
     if wanted is None:
         wanted = find_spec("onnxruntime") is not None and find_spec("onnx") is not None

@@ -5,6 +5,7 @@
     OUT/dataset.json                      recipe, assets, counts, statistics, shards; written last
     OUT/.gpufgbg/shards/START-STOP.json   one record a committed shard, small, written atomically
     OUT/.gpufgbg/depth/START-STOP.f32     with depth: least and greatest depth of each of its samples
+    OUT/.gpufgbg/segments/                lists of shards that one record stands for, see gpufgbg.segments
     OUT/.gpufgbg/runs/START-STOP/         of a run under way: its lock and its unfinished shards
     OUT/.gpufgbg/scratch/                 files on their way to their names
     OUT/.gpufgbg/lock                     held while one process starts or finishes
@@ -46,8 +47,10 @@ __all__ = [
     "tiling",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # 2 where there are segments, see gpufgbg.segments
+_READ_VERSIONS = (1, 2)
 STATE = ".gpufgbg"
+_LOOKS = 100  # at records that change meanwhile
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class ShardRecord:
         Exact sums by kind.
     depth_ranges : (samples, 2) float32, optional
         Least and greatest depth of each sample; on its way to a file of its own, not read back with the record.
+    shards : int
+        1; of a segment, the number of shards that it stands for.
     """
 
     shard: Shard
@@ -73,6 +78,7 @@ class ShardRecord:
     size_bytes: dict[str, int]
     moments: dict[str, Moments]
     depth_ranges: npt.NDArray[np.float32] | None = None
+    shards: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -80,6 +86,7 @@ class ShardRecord:
             "start": self.shard.start,
             "stop": self.shard.stop,
             "sha256": self.checksum,
+            **({"shards": self.shards} if self.shards > 1 else {}),
             "bytes": self.size_bytes,
             "moments": {kind: m.to_dict() for kind, m in self.moments.items()},
         }
@@ -96,6 +103,7 @@ class ShardRecord:
             fields["sha256"],
             dict(fields["bytes"]),
             {kind: Moments.from_dict(m) for kind, m in fields["moments"].items()},
+            shards=int(fields.get("shards", 1)),
         )
 
 
@@ -219,9 +227,10 @@ class Manifest:
             raise DatasetError(
                 f"{printable(self.file)}: damaged or not ours: expected JSON with format gpufgbg"
             ) from None
-        if version != FORMAT_VERSION:
+        if version not in _READ_VERSIONS:
+            known = " or ".join(map(str, _READ_VERSIONS))
             raise DatasetError(
-                f"{printable(self.file)}: format version {version}, expected {FORMAT_VERSION}: "
+                f"{printable(self.file)}: format version {version}, expected {known}: "
                 "use the version of gpufgbg that made it"
             )
         return content
@@ -332,6 +341,10 @@ class Manifest:
             file.seek(4 * first)
             return file.read(4 * count)
 
+    def forget(self, record: ShardRecord) -> None:
+        """Remove one record."""
+        (self.state / "shards" / f"{record.shard.name}.json").unlink(missing_ok=True)
+
     def forget_pieces(self, joined: Iterable[ShardRecord]) -> None:
         """Remove the records of pieces that lie in these joined ones; others may be added meanwhile, and stay."""
         folder = self.state / "shards"
@@ -352,7 +365,17 @@ class Manifest:
 
     def records(self) -> list[ShardRecord]:
         """All committed shards, in order; none overlaps another."""
-        found = sorted(self._read_records(), key=lambda record: (record.shard.start, -record.shard.stop))
+        for _ in range(_LOOKS):
+            try:
+                found = list(self._read_records())
+                break
+            except FileNotFoundError:  # another process has joined it with others since it was listed
+                continue
+        else:
+            raise DatasetError(
+                f"{printable(self.state)}: its records change all the time: wait for the others to end"
+            )
+        found.sort(key=lambda record: (record.shard.start, -record.shard.stop))
         kept: list[ShardRecord] = []
         for record in found:  # pieces that a kill left beside the shard they were joined into
             if not kept or record.shard.start >= kept[-1].shard.stop:

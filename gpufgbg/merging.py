@@ -18,10 +18,11 @@ from gpufgbg.assets import Assets
 from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.exceptions import DatasetError, Interrupted, OptionError, printable
 from gpufgbg.files import storage_errors
-from gpufgbg.layout import SAMPLE_KINDS, Layout
-from gpufgbg.manifest import Manifest, ShardRecord, merged, missing, open_dataset, open_manifest
+from gpufgbg.layout import SAMPLE_KINDS
+from gpufgbg.manifest import Manifest, Recorder, ShardRecord, merged, missing, open_dataset, open_manifest
 from gpufgbg.pipeline import begin_dataset, depth_differences, differences_of, finish_dataset, load_assets
 from gpufgbg.recipe import Plan, Recipe, Shard
+from gpufgbg.segments import CompactingRecorder, has_segments, shards_of
 from gpufgbg.shards import Committer, OpenShard
 from gpufgbg.urls import is_url, local_path
 
@@ -133,14 +134,15 @@ def merge(
         there = [record.shard for record in manifest.records()]
         wanted = [(part, record) for part in opened for record in _new_ones(part, there, manifest.out)]
         wanted.sort(key=lambda pair: pair[1].shard)
+        recorder: Recorder = CompactingRecorder(manifest, plan) if has_segments(plan) else manifest
         with ExitStack() as held:
             with manifest.locked():
                 if wanted:
                     span = Shard(wanted[0][1].shard.start, wanted[-1][1].shard.stop)
                     folder = held.enter_context(manifest.claim(span))
-                content = manifest.read() or _begin(manifest, opened, assets, Layout.of(plan))
+                content = manifest.read() or _begin(manifest, opened, assets, plan)
             if wanted:
-                _take(manifest, sink, plan, wanted, folder, threads, progress)
+                _take(recorder, sink, plan, wanted, folder, threads, progress)
             with manifest.locked():
                 latest = finish_dataset(manifest, content, compositor, sink, None)
         done = merged([record.shard for record in manifest.records()])
@@ -167,7 +169,7 @@ def _open(paths: Sequence[str | os.PathLike[str]]) -> tuple[Assets, list[_Part]]
         if assets is None:
             assets = load_assets(manifest.out, content)
             plan = Plan(recipe, assets.n_backgrounds, assets.widths, assets.heights)
-        records = manifest.records()
+        records = [shard for record in manifest.records() for shard in shards_of(manifest, record)]
         kinds = SAMPLE_KINDS if content.get("depth") else SAMPLE_KINDS[:-1]
         if any(kind not in record.moments for record in records for kind in kinds):
             raise DatasetError(
@@ -236,19 +238,19 @@ def _new_ones(part: _Part, there: list[Shard], out: Path) -> Iterator[ShardRecor
             )
 
 
-def _begin(manifest: Manifest, parts: list[_Part], assets: Assets, layout: Layout) -> dict[str, Any]:
+def _begin(manifest: Manifest, parts: list[_Part], assets: Assets, plan: Plan) -> dict[str, Any]:
     """Write the assets and the first dataset.json."""
     first = parts[0].content
-    described = {name: first[name] for name in ("recipe", "sink", "depth")}
+    described: dict[str, Any] = {name: first[name] for name in ("recipe", "sink", "depth", "labels") if name in first}
     if described["depth"] is not None:
         engines = [engine for part in parts for engine in part.content["depth"].get("engines", [])]
         unique = [engine for i, engine in enumerate(engines) if engine not in engines[:i]]
         described["depth"] = {**described["depth"], "engines": unique}
-    return begin_dataset(manifest, described, first["assets"], assets, layout)
+    return begin_dataset(manifest, described, first["assets"], assets, plan)
 
 
 def _take(
-    manifest: Manifest,
+    recorder: Recorder,
     sink: sinks.Sink,
     plan: Plan,
     wanted: list[tuple[_Part, ShardRecord]],
@@ -257,7 +259,7 @@ def _take(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Copy shards and commit them, several at a time."""
-    committer = Committer(sink, manifest)
+    committer = Committer(sink, recorder)
     total, done = sum(len(record.shard) for _, record in wanted), 0
     pending: deque[Future[tuple[ShardRecord, Path]]] = deque()
     left = iter(wanted)

@@ -34,8 +34,9 @@ from gpufgbg.manifest import (
     open_manifest,
 )
 from gpufgbg.moments import Moments
-from gpufgbg.recipe import Recipe, Shard
+from gpufgbg.recipe import Plan, Recipe, Shard
 from gpufgbg.scaleout.devices import several_devices
+from gpufgbg.segments import CompactingRecorder, has_segments, pack_segments, unpack_segments
 from gpufgbg.urls import is_url
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def generate(
     sink: str = "tree",
     device: str = "auto",
     ray: str | None = None,
+    labels: bool = True,
     samples: tuple[int | None, int | None] | None = None,
     workers: int | None = None,
     batch_size: int | None = None,
@@ -134,6 +136,9 @@ def generate(
     ray : str, optional
         Make the samples on a Ray cluster, ``"HOST:PORT"`` or ``"auto"``, or on one of this machine, ``"local"``: on
         all its GPUs, or all machines where there is none. ``out`` is a folder that all machines share, or a URL.
+    labels : bool
+        False leaves labels/ and labels.parquet out, which one process writes, for very many samples; with
+        ``sink="tar"`` alone, whose shards have every sample's label.
     samples : (start, stop), optional
         Make these samples alone; None leaves an end open. Several processes may fill one data set together.
     workers : int, optional
@@ -172,6 +177,8 @@ def generate(
         raise OptionError(
             "device", f"got {device!r} with --ray, which takes the cluster's GPUs: leave one of them out"
         )
+    if not labels and sink != "tar":
+        raise OptionError("labels", f"can't be left out with sink {sink!r}, expected tar, whose shards have them")
     if sink not in sinks.SINKS:
         raise OptionError("sink", f"got {sink!r}, expected one of {', '.join(sinks.SINKS)}")
     if batch_size is not None and (not isinstance(batch_size, int) or not 1 <= batch_size <= 65536):
@@ -188,6 +195,8 @@ def generate(
         manifest.check_free()
         content = manifest.read()
         described: dict[str, Any] = {"recipe": recipe.to_dict(), "sink": sink, "depth": None}
+        if not labels:
+            described["labels"] = False
         if options is not None:
             described["depth"] = run.open_network(options, recipe)
         if content is None:
@@ -206,7 +215,7 @@ def generate(
             if theirs is None:
                 layout = Layout.of(compositor.plan)
                 listed = _list_assets(layout, assets, sources, source_sums)
-                return begin_dataset(manifest, described, listed, assets, layout)
+                return begin_dataset(manifest, described, listed, assets, compositor.plan)
             if content is None:  # begun by another process while this one prepared
                 _check_same(manifest, theirs, described, source_sums)
             return theirs
@@ -264,6 +273,8 @@ def add_depth(
             )
         described = run.open_network(options, recipe)
         _check_same_depth(manifest, content, described)
+        with manifest.locked():
+            unpack_segments(manifest, [r for r in manifest.records() if "depth" not in r.moments])
         assets = load_assets(manifest.out, content)
         run.lap("read, check and prepare the pictures")
         compositor = run.load(assets, recipe)
@@ -385,7 +396,10 @@ class _Run:
         else:
             held.enter_context(connected(self.ray))
             crew = RayCrew(job.carrying_weights())
-        driver = Driver(crew, compositor.plan, self.manifest, options is not None, self.tell)
+        recorder: Recorder = self.manifest
+        if has_segments(compositor.plan):
+            recorder = CompactingRecorder(self.manifest, compositor.plan)
+        driver = Driver(crew, compositor.plan, recorder, options is not None, self.tell)
         held.callback(driver.close)
         return driver
 
@@ -432,7 +446,9 @@ class _Run:
             ahead: LabelJob | None = None
             if claimed is not None:
                 engine = driver or make_engine(compositor, target, manifest, self.workers, self.batch_size, model)
-                labels = LabelJob(claimed / "labels", mask_areas(compositor.assets), after)
+                labels: LabelJob | None = None
+                if content.get("labels", True):
+                    labels = LabelJob(claimed / "labels", mask_areas(compositor.assets), after)
                 count = _Count(total - made, total, self.progress)
                 try:
                     if engine.run(gaps, claimed, count.add, labels):
@@ -532,7 +548,9 @@ def _check_same(
     source_sums: dict[str, list[str]],
 ) -> None:
     """Raise `DatasetError` where the data set at the output path was begun with anything else."""
-    there, here = ({**of["recipe"], "sink": of["sink"]} for of in (content, described))
+    there, here = (
+        {**of["recipe"], "sink": of["sink"], "labels": of.get("labels", True)} for of in (content, described)
+    )
     differences = differences_of(there, here)
     if content.get("depth") is None and described["depth"] is not None and not differences:
         raise DatasetError(
@@ -635,7 +653,7 @@ def _list_assets(
 
 
 def begin_dataset(
-    manifest: Manifest, described: dict[str, Any], listed: dict[str, Any], assets: Assets, layout: Layout
+    manifest: Manifest, described: dict[str, Any], listed: dict[str, Any], assets: Assets, plan: Plan
 ) -> dict[str, Any]:
     """Write the assets and the first dataset.json; returns its content. Call it with the lock held."""
     manifest.put(
@@ -646,12 +664,13 @@ def begin_dataset(
         }
     )
     content = {
+        **({"format_version": 2} if has_segments(plan) else {}),
         **described,
         "versions": versions(),
         "counts": {
-            "backgrounds": layout.n_backgrounds,
-            "foregrounds": layout.n_foregrounds,
-            "samples": layout.n_samples,
+            "backgrounds": plan.n_backgrounds,
+            "foregrounds": plan.n_foregrounds,
+            "samples": len(plan),
             "done": 0,
         },
         "complete": False,
@@ -741,17 +760,26 @@ def finish_dataset(
         "complete": count == len(plan),
         "bytes": size_bytes,
         "statistics": {kind: m.to_dict(summary=True) for kind, m in statistics.items()},
-        "shards": [{"start": r.shard.start, "stop": r.shard.stop, "sha256": r.checksum} for r in records],
+        "shards": [_listed(record) for record in records],
     }
+    if any(record.shards > 1 for record in records):
+        latest["format_version"] = 2
     if done and theirs["shards"] != latest["shards"]:
-        if ahead is None or ahead.done != done:  # another process has made samples meanwhile
-            ahead = LabelJob(manifest.scratch / "labels", mask_areas(compositor.assets), done)
-            ranges = functools.partial(manifest.depth_ranges, records=records) if content.get("depth") else None
-            write_labels(ahead.folder, plan, ahead.areas, done, ranges)
-        publish_labels(ahead.folder, manifest.out)
+        if content.get("labels", True):
+            if ahead is None or ahead.done != done:  # another process has made samples meanwhile
+                ahead = LabelJob(manifest.scratch / "labels", mask_areas(compositor.assets), done)
+                ranges = functools.partial(manifest.depth_ranges, records=records) if content.get("depth") else None
+                write_labels(ahead.folder, plan, ahead.areas, done, ranges)
+            publish_labels(ahead.folder, manifest.out)
         manifest.write(latest)
     sink.finish(done)
     return latest
+
+
+def _listed(record: ShardRecord) -> dict[str, Any]:
+    """A shard, or a segment of many, as dataset.json lists it."""
+    entry: dict[str, Any] = {"start": record.shard.start, "stop": record.shard.stop, "sha256": record.checksum}
+    return entry if record.shards == 1 else {**entry, "shards": record.shards}
 
 
 def _join_records(manifest: Manifest, compositor: Compositor, sink: sinks.Sink) -> list[ShardRecord]:
@@ -779,7 +807,7 @@ def _join_records(manifest: Manifest, compositor: Compositor, sink: sinks.Sink) 
         manifest.record([whole])
         joined.append(whole)
     manifest.forget_pieces(joined)
-    return joined
+    return pack_segments(manifest, compositor.plan, joined)
 
 
 def _file_bytes(assets: Assets, kind: str) -> int:

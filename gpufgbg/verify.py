@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from gpufgbg.backends.cpu import encode_jpeg
 from gpufgbg.compositor import Compositor
 from gpufgbg.exceptions import DatasetError, OptionError, printable
 from gpufgbg.layout import SAMPLE_KINDS, Layout
-from gpufgbg.manifest import ShardChecksum, merged, open_dataset
+from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, merged, open_dataset
 from gpufgbg.pipeline import load_assets
 from gpufgbg.recipe import Plan, Shard
+from gpufgbg.segments import shards_of
 from gpufgbg.sinks import EncodedSamples
 
 __all__ = ["VerifyReport", "verify"]
@@ -94,8 +95,8 @@ def verify(
     plan, layout = compositor.plan, Layout.of(compositor.plan)
     kinds = [kind for kind in SAMPLE_KINDS if kind in content["bytes"]]
     sink = sinks.select(content["sink"], manifest.out, plan, kinds)
-    shards = [(Shard(s["start"], s["stop"]), s["sha256"]) for s in content["shards"]]
-    done = merged([shard for shard, _ in shards])
+    shards = [(Shard(s["start"], s["stop"]), s["sha256"], s.get("shards", 1)) for s in content["shards"]]
+    done = merged([shard for shard, *_ in shards])
     report.samples = sum(len(part) for part in done)
     if report.samples != content["counts"]["done"]:
         report.faults.append(
@@ -112,7 +113,7 @@ def verify(
         )
     chosen = _chosen(done, rerender)
     checked = 0
-    for shard, checksum in shards:
+    for shard, checksum in _single(report, manifest, shards):
         again = [index for index in chosen if shard.start <= index < shard.stop]
         expected = _rendered(compositor, layout, again)
         _check_shard(report, sink, layout, plan, shard, checksum, kinds, expected)
@@ -120,10 +121,24 @@ def verify(
         checked += len(shard)
         if progress:
             progress(checked, report.samples)
-    _check_labels(report, manifest.out, plan, layout, done)
+    if content.get("labels", True):
+        _check_labels(report, manifest.out, plan, layout, done)
     if sink.name == "tree":
         _check_strangers(report, manifest.out, plan, layout, done, kinds)
     return report
+
+
+def _single(
+    report: VerifyReport, manifest: Manifest, shards: list[tuple[Shard, str, int]]
+) -> Iterator[tuple[Shard, str]]:
+    """Single shards and their checksums; those of a segment from its list."""
+    for shard, checksum, count in shards:
+        try:
+            found = shards_of(manifest, ShardRecord(shard, checksum, {}, {}, shards=count))
+        except DatasetError as error:
+            report.faults.append(str(error))
+            continue
+        yield from ((record.shard, record.checksum) for record in found)
 
 
 def _fault(report: VerifyReport, text: str, before: int) -> None:
