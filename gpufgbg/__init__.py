@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from gpufgbg.jpeg import EncodedImages, JpegEncoder
     from gpufgbg.measure import mean_std
+    from gpufgbg.merging import MergeReport, merge
     from gpufgbg.moments import Moments
     from gpufgbg.pipeline import GenerateReport, add_depth, generate
     from gpufgbg.predict import FolderReport, predict_folder
@@ -52,6 +53,7 @@ __all__ = [
     "InputError",
     "Interrupted",
     "JpegEncoder",
+    "MergeReport",
     "Moments",
     "OptionError",
     "Placements",
@@ -64,6 +66,7 @@ __all__ = [
     "add_depth",
     "generate",
     "mean_std",
+    "merge",
     "predict_folder",
     "prepare",
     "stream",
@@ -81,6 +84,7 @@ _MODULES = {
     ),
     "jpeg": ("EncodedImages", "JpegEncoder"),
     "measure": ("mean_std",),
+    "merging": ("MergeReport", "merge"),
     "pipeline": ("GenerateReport", "add_depth", "generate"),
     "predict": ("FolderReport", "predict_folder"),
     "moments": ("Moments",),

@@ -40,6 +40,7 @@ from gpufgbg.exceptions import (
     printable,
 )
 from gpufgbg.recipe import FLIPS, SUBSAMPLINGS, Recipe
+from gpufgbg.urls import is_url
 
 if TYPE_CHECKING:
     from gpufgbg.pipeline import GenerateReport
@@ -116,7 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of masks, named like the foregrounds, also with mask_ before or _mask behind "
         "(default: the foreground's alpha is its mask)",
     )
-    made.add_argument("--out", required=True, metavar="PATH", help="folder of the data set")
+    made.add_argument(
+        "--out", required=True, metavar="PATH", help="folder of the data set, or a URL such as s3://BUCKET/FOLDER"
+    )
     _add_recipe(made)
     _add_depth(made, "--depth", "add depth maps, predicted with these weights")
     made.add_argument(
@@ -131,6 +134,18 @@ def build_parser() -> argparse.ArgumentParser:
         type=_range,
         metavar="A:B",
         help="make the samples from A to B - 1 only; several runs may fill one data set (default: all)",
+    )
+    made.add_argument(
+        "--ray",
+        metavar="ADDRESS|local",
+        help="make the samples on all GPUs of a Ray cluster, or all machines of one without: HOST:PORT or auto, or "
+        "local for one of this machine alone",
+    )
+    made.add_argument(
+        "--labels",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="labels/ and labels.parquet (default), or leave the labels to the tar shards, for very many samples",
     )
     made.set_defaults(run=_generate)
 
@@ -173,6 +188,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_machine(depth)
     depth.set_defaults(run=_depth)
+
+    joined = commands.add_parser(
+        "merge",
+        help="make one data set of several that were made apart with --samples",
+        description="Make one data set of several that hold different samples of the same recipe and pictures. Every "
+        "file is checked on the way; samples that are missing or there twice are named. The same command continues.",
+    )
+    joined.add_argument("out", metavar="OUT", help="folder of the data set: new, empty, or one to be added to")
+    joined.add_argument("parts", nargs="+", metavar="PART", help="data sets to be merged; they stay as they are")
+    joined.add_argument("--workers", type=_number, metavar="N", help="threads that copy (default: one a core)")
+    _add_json(joined)
+    joined.set_defaults(run=_merge)
 
     stats = commands.add_parser(
         "stats",
@@ -355,7 +382,7 @@ def _add_depth(parser: argparse.ArgumentParser, name: str, what: str) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    _add_device(parser, "where samples are made (default: auto)")
+    _add_device(parser, "where samples are made; cuda:0,2 or cuda:all takes several cards (default: auto)")
     parser.add_argument("--workers", type=_number, metavar="N", help="threads that work (default: one a core)")
     _add_json(parser)
 
@@ -395,6 +422,8 @@ def _generate(options: argparse.Namespace) -> int:
             depth=depth,
             sink=options.sink,
             device=options.device,
+            ray=options.ray,
+            labels=options.labels,
             samples=options.samples,
             workers=options.workers,
             progress=progress,
@@ -437,7 +466,7 @@ def _print_remarks(options: argparse.Namespace, depth: DepthOptions | None) -> N
 
     if depth is not None and depth.weights == DEMO:
         print("depth maps are the built-in demo network's: for trying out, not for training")
-    if reason := why_cpu(options.device):
+    if options.device == "auto" and not getattr(options, "ray", None) and (reason := why_cpu(options.device)):
         print(f"made on the CPU: {reason}")
 
 
@@ -478,7 +507,7 @@ def _demo(options: argparse.Namespace) -> int:
     with storage_errors(out):
         backgrounds, foregrounds = write_sample_assets(assets)
     options.backgrounds, options.foregrounds, options.masks = backgrounds, foregrounds, None
-    options.out, options.samples = dataset, None
+    options.out, options.samples, options.ray, options.labels = dataset, None, None, True
     wanted = options.depth
     if wanted is None:
         wanted = find_spec("onnxruntime") is not None and find_spec("onnx") is not None
@@ -517,7 +546,7 @@ def _depth(options: argparse.Namespace) -> int:
         return 0
     if options.frame is not None:
         raise OptionError("frame", "is for build: a data set or a folder of pictures has its own")
-    if Manifest(Path(options.target)).file.is_file():
+    if is_url(options.target) or Manifest(Path(options.target)).file.is_file():
         if options.out is not None:
             raise OptionError("out", f"{printable(options.target)} is a data set of ours: its depth maps go into it")
         with _progress("samples", quiet=options.json) as progress:
@@ -540,6 +569,22 @@ def _depth(options: argparse.Namespace) -> int:
     else:
         print(f"{found.predicted:,} depth maps in {found.seconds:.1f} s; {printable(found.out)}: {found.pictures:,}")
         _print_remarks(options, depth)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from gpufgbg.merging import merge, ranges
+
+    with _progress("samples", quiet=options.json) as progress:
+        report = merge(options.out, options.parts, workers=options.workers, progress=progress)
+    if options.json:
+        gaps = [[gap.start, gap.stop] for gap in report.gaps]
+        _print_json(dataclasses.asdict(report) | {"out": str(report.out), "gaps": gaps, "complete": report.complete})
+        return 0
+    state = "complete" if report.complete else f"{report.done:,} of {report.total:,} samples"
+    print(f"{report.samples:,} samples in {report.seconds:.1f} s; {printable(report.out)}: {state}")
+    if report.gaps:
+        print(f"missing: samples {ranges(report.gaps)}: make them with gpufgbg generate --samples, here or apart")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from gpufgbg.backends.cpu import moments as count
 from gpufgbg.depth.journal import DepthJournal, KeptDepth
 from gpufgbg.depth.options import DEPTH_JPEG
 from gpufgbg.labels import LabelJob
-from gpufgbg.manifest import Manifest, ShardRecord
+from gpufgbg.manifest import Recorder, ShardRecord
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.shards import Committer, OpenShard
@@ -45,7 +45,7 @@ class CpuPipeline:
     backend : CpuBackend
     plan : Plan
     sink : Sink
-    manifest : Manifest
+    manifest : Recorder
     workers : int
         Threads.
     batch_size : int, optional
@@ -59,7 +59,7 @@ class CpuPipeline:
         backend: CpuBackend,
         plan: Plan,
         sink: Sink,
-        manifest: Manifest,
+        manifest: Recorder,
         workers: int,
         batch_size: int | None,
         depth: DepthModel | None = None,
@@ -76,13 +76,16 @@ class CpuPipeline:
         self.memory: dict[str, int] = {}
         self.transferred: dict[str, int] = {}
 
-    def run(self, gaps: list[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob) -> bool:
+    def run(self, gaps: Iterable[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob | None) -> bool:
         """Make the samples of ``gaps``; unfinished shards lie in ``folder``; ``made`` is told each batch's length.
 
         Returns False: the label files are not written.
         """
-        journal = DepthJournal(self.manifest.journal, gaps) if self.depth else None
-        committer = Committer(self.sink, self.manifest, *([journal.forget] if journal else []))
+        journal: DepthJournal | None = None
+        if self.depth is not None and self.manifest.journal is not None:
+            gaps = list(gaps)
+            journal = DepthJournal(self.manifest.journal, gaps)
+        committer = Committer(self.sink, self.manifest, *([journal.forget] if journal is not None else []))
         opened: deque[tuple[OpenShard, dict[str, Moments]]] = deque()
         pending: deque[tuple[bool, Future[Any]]] = deque()
         with ThreadPoolExecutor(self.workers, "render") as pool:
@@ -139,7 +142,7 @@ class CpuPipeline:
         composites, masks, moments = backend.render_reusing(shard.placements[batch], self.batch)
         files = {"composite": backend.encode(composites), "composite_mask": backend.encode(masks)}
         ranges = None
-        if self.depth is not None and journal is not None:
+        if self.depth is not None:
             first = shard.shard.start + batch.start
             maps = _DepthOfBatch(self.depth, journal, shard.shard, composites, files["composite"], first).maps()
             files["depth"] = [one.file for one in maps]
@@ -151,10 +154,10 @@ class CpuPipeline:
 
 @dataclass(frozen=True)
 class _DepthOfBatch:
-    """Depth maps of samples ``first`` and on of a shard: from the journal, or predicted and kept there."""
+    """Depth maps of samples ``first`` and on of a shard: from the journal, if any, or predicted and kept there."""
 
     depth: DepthModel
-    journal: DepthJournal
+    journal: DepthJournal | None
     shard: Shard
     composites: npt.NDArray[np.uint8]
     saved: list[bytes]
@@ -162,13 +165,16 @@ class _DepthOfBatch:
 
     def maps(self) -> list[KeptDepth]:
         """In order of samples."""
-        found = [self.journal.find(self.first + n) for n in range(len(self.saved))]
+        found: list[KeptDepth | None] = [None] * len(self.saved)
+        if self.journal is not None:
+            found = [self.journal.find(self.first + n) for n in range(len(self.saved))]
         lacking = [n for n, kept in enumerate(found) if kept is None]
         step = max(_PREDICTED, self.depth.batch)
         for start in range(0, len(lacking), step):
             part = lacking[start : start + step]
             made = self._predicted(part)
-            self.journal.add(self.shard, made)
+            if self.journal is not None:
+                self.journal.add(self.shard, made)
             for n, kept in zip(part, made, strict=True):
                 found[n] = kept
         return [kept for kept in found if kept is not None]

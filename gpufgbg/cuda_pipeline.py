@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -33,7 +33,7 @@ from gpufgbg.backends.cuda import CudaBackend, CudaJpeg, PendingSums, start_mome
 from gpufgbg.depth.options import DEPTH_JPEG
 from gpufgbg.exceptions import DeviceError
 from gpufgbg.labels import LabelJob
-from gpufgbg.manifest import Manifest, ShardRecord
+from gpufgbg.manifest import Recorder, ShardRecord
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.shards import Committer
@@ -59,7 +59,7 @@ class CudaPipeline:
     backend : CudaBackend
     plan : Plan
     sink : Sink
-    manifest : Manifest
+    manifest : Recorder
     workers : int
         Writer processes.
     batch_size : int, optional
@@ -73,7 +73,7 @@ class CudaPipeline:
         backend: CudaBackend,
         plan: Plan,
         sink: Sink,
-        manifest: Manifest,
+        manifest: Recorder,
         workers: int,
         batch_size: int | None,
         depth: DepthModel | None = None,
@@ -113,16 +113,16 @@ class CudaPipeline:
         # two batches are under way, and each has its decoded composites and its maps
         return 2 * needed + recipe.width * recipe.height * 12
 
-    def run(self, gaps: list[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob) -> bool:
+    def run(self, gaps: Iterable[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob | None) -> bool:
         """Make the samples of ``gaps``; returns whether the label files were written too."""
-        ahead = self.depth is None  # else they want every sample's range of depth
+        ahead = labels is not None and self.depth is None  # else they want every sample's range of depth
         with self.backend.device:
             with self._timed("samples: pin the shared memory"):
                 ring = _Ring(self.slots, self.slot_bytes)
             with self._timed("samples: start the writers"):
                 writers = _Writers(self, ring, folder)
             try:
-                if ahead:
+                if labels is not None and ahead:
                     writers.start_labels(labels)
                 _Filler(self, ring, writers, made).fill(gaps)
                 with self._timed("samples: last writers"):
@@ -205,7 +205,7 @@ class _Filler:
         self.flying: deque[_Batch] = deque()
         self.copying: deque[tuple[Any, _Writer, tuple[Any, ...], Any]] = deque()
 
-    def fill(self, gaps: list[Shard]) -> None:
+    def fill(self, gaps: Iterable[Shard]) -> None:
         """Make all samples of ``gaps``."""
         import cupy
 

@@ -19,6 +19,7 @@ from gpufgbg.files import fsync_folder, remove_tree, sync_file_system
 from gpufgbg.layout import Layout
 from gpufgbg.manifest import missing
 from gpufgbg.recipe import Plan, Shard
+from gpufgbg.remote.store import RemotePath
 
 __all__ = ["DepthRanges", "LabelJob", "mask_areas", "publish_labels", "write_labels"]
 
@@ -74,8 +75,11 @@ def write_labels(
     _write_table(folder / "labels.parquet", plan, layout, areas, done, depth_ranges)
 
 
-def publish_labels(folder: Path, out: Path) -> None:
+def publish_labels(folder: Path, out: Path | RemotePath) -> None:
     """Make what `write_labels` wrote below ``folder`` durable, and then the data set's at ``out``."""
+    if isinstance(out, RemotePath):
+        out.store.upload_many({p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()})
+        return
     sync_file_system(folder)
     (out / "labels").mkdir(exist_ok=True)
     for path in sorted((folder / "labels").iterdir()):

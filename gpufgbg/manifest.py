@@ -6,6 +6,7 @@
     OUT/.gpufgbg/shards/START-STOP.json   one record a committed shard, small, written atomically
     OUT/.gpufgbg/depth/START-STOP.f32     with depth: least and greatest depth of each of its samples
     OUT/.gpufgbg/journal/                 with depth on a CPU: maps of shards under way (`gpufgbg.depth.journal`)
+    OUT/.gpufgbg/segments/                lists of shards that one record stands for, see gpufgbg.segments
     OUT/.gpufgbg/runs/START-STOP/         of a run under way: its lock and its unfinished shards
     OUT/.gpufgbg/scratch/                 files on their way to their names
     OUT/.gpufgbg/lock                     held while one process starts or finishes
@@ -20,24 +21,37 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from gpufgbg.exceptions import DatasetError, printable
+from gpufgbg.exceptions import DatasetError, StorageError, printable
 from gpufgbg.files import fsync_folder, remove_tree, sync_file_system, write_atomic
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Recipe, Shard
+from gpufgbg.urls import is_url, local_path
 
-__all__ = ["Manifest", "ShardChecksum", "ShardRecord", "merged", "missing", "open_dataset", "tiling"]
+__all__ = [
+    "Manifest",
+    "Recorder",
+    "ShardChecksum",
+    "ShardRecord",
+    "merged",
+    "missing",
+    "open_dataset",
+    "open_manifest",
+    "tiling",
+]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # 2 where there are segments, see gpufgbg.segments
+_READ_VERSIONS = (1, 2)
 STATE = ".gpufgbg"
+_LOOKS = 100  # at records that change meanwhile
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,8 @@ class ShardRecord:
         Exact sums by kind.
     depth_ranges : (samples, 2) float32, optional
         Least and greatest depth of each sample; on its way to a file of its own, not read back with the record.
+    shards : int
+        1; of a segment, the number of shards that it stands for.
     """
 
     shard: Shard
@@ -63,6 +79,7 @@ class ShardRecord:
     size_bytes: dict[str, int]
     moments: dict[str, Moments]
     depth_ranges: npt.NDArray[np.float32] | None = None
+    shards: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -70,9 +87,14 @@ class ShardRecord:
             "start": self.shard.start,
             "stop": self.shard.stop,
             "sha256": self.checksum,
+            **({"shards": self.shards} if self.shards > 1 else {}),
             "bytes": self.size_bytes,
             "moments": {kind: m.to_dict() for kind, m in self.moments.items()},
         }
+
+    def to_json(self) -> bytes:
+        """As the file of it."""
+        return (json.dumps(self.to_dict(), indent=1) + "\n").encode()
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ShardRecord:
@@ -82,6 +104,7 @@ class ShardRecord:
             fields["sha256"],
             dict(fields["bytes"]),
             {kind: Moments.from_dict(m) for kind, m in fields["moments"].items()},
+            shards=int(fields.get("shards", 1)),
         )
 
 
@@ -140,6 +163,21 @@ def tiling(pieces: Iterable[Shard], whole: Shard) -> list[Shard] | None:
     return chain[::-1] if chain else None
 
 
+class Recorder(Protocol):
+    """Who takes note of committed shards of the data set at ``out``."""
+
+    @property
+    def out(self) -> Path:
+        """Root of the data set."""
+
+    @property
+    def journal(self) -> Path | None:
+        """Folder for `gpufgbg.depth.journal.DepthJournal`; None where none is kept."""
+
+    def record(self, records: Iterable[ShardRecord]) -> None:
+        """From here on these shards count as made."""
+
+
 class Manifest:
     """The bookkeeping of a data set in a folder.
 
@@ -153,7 +191,7 @@ class Manifest:
         self.out = out
         self.state = out / STATE
         self.scratch = self.state / "scratch"
-        self.journal = self.state / "journal"
+        self.journal: Path | None = self.state / "journal"
         self._depth = self.state / "depth"
         self.file = out / "dataset.json"
 
@@ -195,9 +233,10 @@ class Manifest:
             raise DatasetError(
                 f"{printable(self.file)}: damaged or not ours: expected JSON with format gpufgbg"
             ) from None
-        if version != FORMAT_VERSION:
+        if version not in _READ_VERSIONS:
+            known = " or ".join(map(str, _READ_VERSIONS))
             raise DatasetError(
-                f"{printable(self.file)}: format version {version}, expected {FORMAT_VERSION}: "
+                f"{printable(self.file)}: format version {version}, expected {known}: "
                 "use the version of gpufgbg that made it"
             )
         return content
@@ -259,9 +298,8 @@ class Manifest:
         self.scratch.mkdir(exist_ok=True)
         written, ranges = [], []
         for record in records:
-            text = json.dumps(record.to_dict(), indent=1) + "\n"
             path = self.scratch / f"{record.shard.name}.json"
-            path.write_text(text)
+            path.write_bytes(record.to_json())
             written.append(path)
             if record.depth_ranges is not None:
                 path = self.scratch / f"{record.shard.name}.f32"
@@ -293,13 +331,25 @@ class Manifest:
                 continue
             path = self._depth / f"{shard.name}.f32"
             try:
-                values = np.fromfile(path, "<f4", 2 * (stop - start), offset=8 * (start - shard.start))
+                data = self._floats(path.name, 2 * (start - shard.start), 2 * (stop - start))
+            except StorageError:
+                raise
             except OSError as error:
                 raise DatasetError(f"{printable(path)}: can't be read: {error.strerror}") from None
-            if len(values) != 2 * (stop - start):
+            if len(data) != 8 * (stop - start):
                 raise DatasetError(f"{printable(path)}: damaged: too short")
-            found.append(values.reshape(-1, 2))
+            found.append(np.frombuffer(data, "<f4").reshape(-1, 2))
         return np.concatenate(found) if found else np.empty((0, 2), np.float32)
+
+    def _floats(self, name: str, first: int, count: int) -> bytes:
+        """The bytes of ``count`` floats of a file of depths; fewer where it is too short."""
+        with (self._depth / name).open("rb") as file:
+            file.seek(4 * first)
+            return file.read(4 * count)
+
+    def forget(self, record: ShardRecord) -> None:
+        """Remove one record."""
+        (self.state / "shards" / f"{record.shard.name}.json").unlink(missing_ok=True)
 
     def forget_pieces(self, joined: Iterable[ShardRecord]) -> None:
         """Remove the records of pieces that lie in these joined ones; others may be added meanwhile, and stay."""
@@ -321,13 +371,16 @@ class Manifest:
 
     def records(self) -> list[ShardRecord]:
         """All committed shards, in order; none overlaps another."""
-        folder = self.state / "shards"
-        found: list[ShardRecord] = []
-        for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        for _ in range(_LOOKS):
             try:
-                found.append(ShardRecord.from_dict(json.loads(path.read_bytes())))
-            except (ValueError, KeyError, TypeError):
-                raise DatasetError(f"{printable(path)}: damaged: remove it and run generate again") from None
+                found = list(self._read_records())
+                break
+            except FileNotFoundError:  # another process has joined it with others since it was listed
+                continue
+        else:
+            raise DatasetError(
+                f"{printable(self.state)}: its records change all the time: wait for the others to end"
+            )
         found.sort(key=lambda record: (record.shard.start, -record.shard.stop))
         kept: list[ShardRecord] = []
         for record in found:  # pieces that a kill left beside the shard they were joined into
@@ -335,13 +388,43 @@ class Manifest:
                 kept.append(record)
         return kept
 
+    def _read_records(self) -> Iterator[ShardRecord]:
+        folder = self.state / "shards"
+        for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+            yield self._parsed(path, path.read_bytes())
+
+    @staticmethod
+    def _parsed(path: Path | str, data: bytes) -> ShardRecord:
+        try:
+            return ShardRecord.from_dict(json.loads(data))
+        except (ValueError, KeyError, TypeError):
+            raise DatasetError(f"{printable(path)}: damaged: remove it and run generate again") from None
+
+    def settled(self, content: dict[str, Any]) -> bool:
+        """Whether dataset.json with this content, just written, lists all records; the lock sees to it."""
+        return True
+
     # -- dataset.json -------------------------------------------------------------------------------
 
     def write(self, content: dict[str, Any]) -> None:
         """Write dataset.json, whole or not at all."""
         head = {"format": "gpufgbg", "format_version": FORMAT_VERSION}
         text = json.dumps({**head, **content}, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(self.file, text.encode("utf-8", "backslashreplace"), self.scratch)
+        self.put({self.file.name: text.encode("utf-8", "backslashreplace")})
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Write files of the data set under their paths in it, each whole or not at all."""
+        for path, data in files.items():
+            write_atomic(self.out / path, data, self.scratch)
+
+
+def open_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The bookkeeping at a path or URL; nothing is read yet."""
+    if is_url(path):
+        from gpufgbg.remote.manifest import RemoteManifest
+
+        return RemoteManifest(str(path))
+    return Manifest(local_path(path))
 
 
 def open_dataset(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, Any], Recipe]:
@@ -352,7 +435,7 @@ def open_dataset(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, Any]
     DatasetError
         There is none at this path.
     """
-    manifest = Manifest(Path(path))
+    manifest = open_manifest(path)
     content = manifest.read()
     if content is None:
         raise DatasetError(f"{printable(path)}: no dataset.json: expected a data set made by gpufgbg")

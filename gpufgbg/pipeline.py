@@ -6,7 +6,8 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,30 @@ from gpufgbg.backends import check_device
 from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.depth.journal import DepthJournal
 from gpufgbg.depth.options import DepthOptions
-from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, printable
-from gpufgbg.files import remove_tree, storage_errors, write_atomic
+from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, StorageError, printable
+from gpufgbg.files import remove_tree, storage_errors
 from gpufgbg.labels import LabelJob, mask_areas, publish_labels, write_labels
 from gpufgbg.layout import SAMPLE_KINDS, Layout
-from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, merged, missing, open_dataset
+from gpufgbg.manifest import (
+    Manifest,
+    Recorder,
+    ShardChecksum,
+    ShardRecord,
+    merged,
+    missing,
+    open_dataset,
+    open_manifest,
+)
 from gpufgbg.moments import Moments
-from gpufgbg.recipe import Recipe, Shard
+from gpufgbg.recipe import Plan, Recipe, Shard
+from gpufgbg.scaleout.devices import several_devices
+from gpufgbg.segments import CompactingRecorder, has_segments, pack_segments, unpack_segments
+from gpufgbg.urls import is_url
 
 if TYPE_CHECKING:
     from gpufgbg.depth.model import DepthModel
     from gpufgbg.depth.sources import NetworkSource
+    from gpufgbg.scaleout.driver import Driver
 
 __all__ = ["GenerateReport", "add_depth", "generate"]
 
@@ -96,6 +110,8 @@ def generate(
     depth: str | os.PathLike[str] | DepthOptions | None = None,
     sink: str = "tree",
     device: str = "auto",
+    ray: str | None = None,
+    labels: bool = True,
     samples: tuple[int | None, int | None] | None = None,
     workers: int | None = None,
     batch_size: int | None = None,
@@ -106,8 +122,9 @@ def generate(
 
     Parameters
     ----------
-    out : path
-        Folder of the data set: new, empty, or one that this very call began before.
+    out : path or URL
+        Folder of the data set: new, empty, or one that this very call began before. Also ``s3://BUCKET/FOLDER`` and
+        any other URL that fsspec knows, with ``sink="tar"``.
     backgrounds, foregrounds, masks : path
         Folders of pictures, as for `gpufgbg.prepare`.
     recipe : Recipe, optional
@@ -115,7 +132,14 @@ def generate(
         Make depth maps too, with these weights; see `DepthOptions`.
     sink : {"tree", "zip", "tar"}
         Files in folders, one stored zip, or WebDataset shards.
-    device : {"auto", "cpu", "cuda", "cuda:N"}
+    device : {"auto", "cpu", "cuda", "cuda:N", "cuda:N,M", "cuda:all"}
+        With several cards, a process for each; they share the workers.
+    ray : str, optional
+        Make the samples on a Ray cluster, ``"HOST:PORT"`` or ``"auto"``, or on one of this machine, ``"local"``: on
+        all its GPUs, or all machines where there is none. ``out`` is a folder that all machines share, or a URL.
+    labels : bool
+        False leaves labels/ and labels.parquet out, which one process writes, for very many samples; with
+        ``sink="tar"`` alone, whose shards have every sample's label.
     samples : (start, stop), optional
         Make these samples alone; None leaves an end open. Several processes may fill one data set together.
     workers : int, optional
@@ -147,7 +171,15 @@ def generate(
     """
     recipe = recipe or Recipe()
     workers = check_workers(workers)
-    check_device(device)
+    devices = several_devices(device)
+    if not devices:
+        check_device(device)
+    if ray is not None and device != "auto":
+        raise OptionError(
+            "device", f"got {device!r} with --ray, which takes the cluster's GPUs: leave one of them out"
+        )
+    if not labels and sink != "tar":
+        raise OptionError("labels", f"can't be left out with sink {sink!r}, expected tar, whose shards have them")
     if sink not in sinks.SINKS:
         raise OptionError("sink", f"got {sink!r}, expected one of {', '.join(sinks.SINKS)}")
     if batch_size is not None and (not isinstance(batch_size, int) or not 1 <= batch_size <= 65536):
@@ -156,12 +188,16 @@ def generate(
     sources = find_sources(backgrounds, foregrounds, masks)
     if not os.fspath(out):
         raise OptionError("out", "got an empty name, expected the data set's folder")
-    run = _Run(Manifest(Path(out)), device, workers, batch_size, progress, tell)
+    if is_url(out) and sink != "tar":
+        raise OptionError("sink", f"got {sink!r} with a URL as --out, expected tar: a store takes whole shards")
+    run = _Run(open_manifest(out), device, workers, batch_size, progress, tell, devices, ray)
     manifest = run.manifest
     with run.guarded():
         manifest.check_free()
         content = manifest.read()
         described: dict[str, Any] = {"recipe": recipe.to_dict(), "sink": sink, "depth": None}
+        if not labels:
+            described["labels"] = False
         if options is not None:
             described["depth"] = run.open_network(options, recipe)
         if content is None:
@@ -179,7 +215,8 @@ def generate(
             theirs = manifest.read()
             if theirs is None:
                 layout = Layout.of(compositor.plan)
-                return _begin(manifest, described, layout, assets, sources, source_sums)
+                listed = _list_assets(layout, assets, sources, source_sums)
+                return begin_dataset(manifest, described, listed, assets, compositor.plan)
             if content is None:  # begun by another process while this one prepared
                 _check_same(manifest, theirs, described, source_sums)
             return theirs
@@ -222,10 +259,14 @@ def add_depth(
         What is committed is kept and the same call continues.
     """
     workers = check_workers(workers)
-    check_device(device)
+    devices = several_devices(device)
+    if not devices:
+        check_device(device)
     options = DepthOptions.of(depth)
+    if is_url(path):
+        raise OptionError("DATASET", f"got {printable(path)}: depth maps go into a store with generate --depth alone")
     manifest, content, recipe = open_dataset(path)
-    run = _Run(manifest, device, workers, batch_size, progress, tell)
+    run = _Run(manifest, device, workers, batch_size, progress, tell, devices)
     with run.guarded():
         if not manifest.records():
             raise DatasetError(
@@ -233,6 +274,8 @@ def add_depth(
             )
         described = run.open_network(options, recipe)
         _check_same_depth(manifest, content, described)
+        with manifest.locked():
+            unpack_segments(manifest, [r for r in manifest.records() if "depth" not in r.moments])
         assets = load_assets(manifest.out, content)
         run.lap("read, check and prepare the pictures")
         compositor = run.load(assets, recipe)
@@ -260,9 +303,13 @@ class _Run:
         batch_size: int | None,
         progress: Progress | None,
         tell: Callable[[str], None] | None,
+        devices: tuple[str, ...] = (),
+        ray: str | None = None,
     ) -> None:
         self.manifest = manifest
-        self.device = device
+        self.device = devices[0] if len(devices) == 1 else device
+        self.devices = devices if len(devices) > 1 else ()
+        self.ray = ray
         self.workers = workers
         self.batch_size = batch_size
         self.progress = progress
@@ -288,7 +335,8 @@ class _Run:
         done = [record.shard for record in self.manifest.records() if self._is_whole(record)]
         total = _count(self._scope)
         lacking = [gap for part in self._scope for gap in missing(part, done)]
-        kept = len(DepthJournal(self.manifest.journal, lacking)) if self._options else 0
+        journal = self.manifest.journal if self._options else None
+        kept = 0 if journal is None else len(DepthJournal(journal, lacking))
         more = f" and the depth maps of {kept:,} more" if kept else ""
         return f"{total - _count(lacking):,} of {total:,} samples{more} are safe; "
 
@@ -318,15 +366,46 @@ class _Run:
         from gpufgbg.depth.model import describe, resolve  # Numba's start takes 0.2 s
         from gpufgbg.depth.sources import open_source
 
-        resolve(options, self.device)
+        for device in self.devices or (self.device,) if self.ray is None else ():
+            resolve(options, device)
         self._options, self._network = options, open_source(options, recipe.size)
         return describe(options, self._network)
 
     def load(self, assets: Assets, recipe: Recipe) -> Compositor:
-        """The compositor on the run's device."""
-        compositor = Compositor(assets, recipe, self.device, self.workers)
+        """The compositor on the run's device; where there are several, workers have them."""
+        compositor = Compositor(assets, recipe, "cpu" if self._spread else self.device, self.workers)
         self.lap("load them to the device")
         return compositor
+
+    @property
+    def _spread(self) -> bool:
+        """Whether others make the samples."""
+        return bool(self.devices) or self.ray is not None
+
+    def _driver(self, compositor: Compositor, sink: str, held: ExitStack) -> Driver:
+        """The driver of workers on several devices or machines; ``held`` ends them."""
+        from gpufgbg.scaleout.cluster import RayCrew, connected
+        from gpufgbg.scaleout.driver import Crew, Driver
+        from gpufgbg.scaleout.processes import ProcessCrew
+        from gpufgbg.scaleout.worker import Job
+
+        out, options = self.manifest.out, self._options
+        if isinstance(out, Path):
+            out = out.absolute()
+        workers = max(1, self.workers // max(1, len(self.devices)))
+        job = Job(compositor.assets, compositor.recipe, sink, out, workers, self.batch_size, options)
+        crew: Crew
+        if self.ray is None:
+            crew = ProcessCrew(job, self.devices)
+        else:
+            held.enter_context(connected(self.ray))
+            crew = RayCrew(job.carrying_weights())
+        recorder: Recorder = self.manifest
+        if has_segments(compositor.plan):
+            recorder = CompactingRecorder(self.manifest, compositor.plan)
+        driver = Driver(crew, compositor.plan, recorder, options is not None, self.tell)
+        held.callback(driver.close)
+        return driver
 
     def make(
         self,
@@ -345,27 +424,35 @@ class _Run:
         target = sinks.select(sink, manifest.out, compositor.plan, kinds)
         memory, transferred = {"device": 0, "pinned": 0}, {"files": 0, "other": 0}
         model: DepthModel | None = None
-        if options and self._gaps(wanted):
-            name = compositor.backend.name
-            from gpufgbg.depth.model import DepthModel
-
-            model = DepthModel(options, compositor.recipe.size, name, 1, self.tell, self._network)
-            self.lap("load or build the depth engine")
+        driver: Driver | None = None
         with ExitStack() as held:
+            if self._spread and self._gaps(wanted):
+                driver = self._driver(compositor, sink, held)
+                driver.start()
+                self.lap("start the workers")
+            elif options and self._gaps(wanted):
+                name = compositor.backend.name
+                from gpufgbg.depth.model import DepthModel
+
+                model = DepthModel(options, compositor.recipe.size, name, 1, self.tell, self._network)
+                self.lap("load or build the depth engine")
             with manifest.locked():
                 gaps = self._gaps(wanted)
                 scope = self._scope
                 after = merged(list({*(record.shard for record in manifest.records()), *gaps}))
                 claimed = held.enter_context(manifest.claim(Shard(scope[0].start, scope[-1].stop))) if gaps else None
                 content = begin()
-                if gaps and model is not None:
-                    _add_engine(manifest, content, model)
+                engines = driver.engines if driver else [model.engine.description] if model else []
+                if gaps:
+                    _add_engines(manifest, content, engines)
             self.lap("write the assets and the first dataset.json")
             made, total = _count(gaps), _count(scope)
             ahead: LabelJob | None = None
             if claimed is not None:
-                engine = _engine(compositor, target, manifest, self.workers, self.batch_size, model)
-                labels = LabelJob(claimed / "labels", mask_areas(compositor.assets), after)
+                engine = driver or make_engine(compositor, target, manifest, self.workers, self.batch_size, model)
+                labels: LabelJob | None = None
+                if content.get("labels", True):
+                    labels = LabelJob(claimed / "labels", mask_areas(compositor.assets), after)
                 count = _Count(total - made, total, self.progress)
                 try:
                     if engine.run(gaps, claimed, count.add, labels):
@@ -377,7 +464,11 @@ class _Run:
                 except KeyboardInterrupt:
                     raise Interrupted(f"interrupted: {self._safe()}the same command continues") from None
             with manifest.locked():
-                latest = _finish(manifest, content, compositor, target, ahead)
+                if driver is not None:  # workers may have joined meanwhile
+                    _add_engines(manifest, manifest.read() or content, driver.engines)
+                latest = finish_dataset(manifest, content, compositor, target, ahead)
+                while not manifest.settled(latest):
+                    latest = finish_dataset(manifest, content, compositor, target, None)
             self.lap("finish: labels, dataset.json")
         numbers = latest["counts"]
         counts = {
@@ -392,7 +483,7 @@ class _Run:
             made,
             numbers["done"],
             numbers["samples"],
-            compositor.backend.name,
+            compositor.backend.name if driver is None else driver.name,
             time.perf_counter() - self._start,
             counts,
             statistics,
@@ -422,10 +513,10 @@ class _Count:
             self.progress(self.done, self.total)
 
 
-def _engine(
+def make_engine(
     compositor: Compositor,
     sink: sinks.Sink,
-    manifest: Manifest,
+    manifest: Recorder,
     workers: int,
     batch_size: int | None,
     depth: DepthModel | None,
@@ -461,14 +552,16 @@ def _check_same(
     source_sums: dict[str, list[str]],
 ) -> None:
     """Raise `DatasetError` where the data set at the output path was begun with anything else."""
-    there, here = ({**of["recipe"], "sink": of["sink"]} for of in (content, described))
-    differences = _differences(there, here)
+    there, here = (
+        {**of["recipe"], "sink": of["sink"], "labels": of.get("labels", True)} for of in (content, described)
+    )
+    differences = differences_of(there, here)
     if content.get("depth") is None and described["depth"] is not None and not differences:
         raise DatasetError(
             f"--out {printable(manifest.out)}: holds a data set without depth maps: add them with "
             f"gpufgbg depth {printable(manifest.out)} --weights FILE"
         )
-    differences += _depth_differences(content.get("depth"), described["depth"])
+    differences += depth_differences(content.get("depth"), described["depth"])
     for kind, sums in source_sums.items():
         listed = content["assets"][kind]
         known = [entry["source_sha256"] for entry in listed]
@@ -491,7 +584,7 @@ def _check_same_depth(manifest: Manifest, content: dict[str, Any], described: di
     """Raise `DatasetError` where the data set has depth maps that are not like those described."""
     if content.get("depth") is None:
         return
-    differences = _depth_differences(content["depth"], described)
+    differences = depth_differences(content["depth"], described)
     if differences:
         raise DatasetError(
             f"{printable(manifest.out)}: has depth maps of other weights or options: {'; '.join(differences)}: give "
@@ -502,7 +595,7 @@ def _check_same_depth(manifest: Manifest, content: dict[str, Any], described: di
 _FILE = ("weights", "sha256", "engines")  # of depth: what is not an option
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def differences_of(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return [
         f"{name} is {there.get(name)!r} there and {value!r} here"
         for name, value in here.items()
@@ -510,66 +603,78 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ]
 
 
-def _depth_differences(there: dict[str, Any] | None, here: dict[str, Any] | None) -> list[str]:
+def depth_differences(there: dict[str, Any] | None, here: dict[str, Any] | None) -> list[str]:
     """In what decides depth maps but for the engine; a file of weights may have any name."""
     if there is None or here is None:
         states = ("has none" if depth is None else "has depth maps" for depth in (there, here))
         return [] if there is here else ["it {}, this run {}".format(*states)]
     shown = ({f"depth_{name}": value for name, value in d.items() if name not in _FILE} for d in (there, here))
-    differences = _differences(*shown)
+    differences = differences_of(*shown)
     if there["sha256"] != here["sha256"]:
         names = (f"{d['weights']} ({d['sha256'][:12]})" for d in (there, here))
         differences.insert(0, "depth weights are {} there and {} here".format(*names))
     return differences
 
 
-def _add_engine(manifest: Manifest, content: dict[str, Any], model: DepthModel) -> None:
-    """Note in dataset.json which engine makes depth maps from here on. Call it with the lock held."""
-    engines = content["depth"].setdefault("engines", [])
-    if model.engine.description not in engines:
-        engines.append(model.engine.description)
+def _add_engines(manifest: Manifest, content: dict[str, Any], engines: list[dict[str, Any]]) -> None:
+    """Note in dataset.json which engines make depth maps from here on. Call it with the lock held."""
+    new = [engine for engine in engines if engine not in (content["depth"] or {}).get("engines", [])]
+    if new:
+        content["depth"].setdefault("engines", []).extend(new)
         manifest.write(content)
 
 
-def _begin(
-    manifest: Manifest,
-    described: dict[str, Any],
-    layout: Layout,
-    assets: Assets,
-    sources: Sources,
-    source_sums: dict[str, list[str]],
+#: kind of asset -> where dataset.json lists it
+_LISTED = {"background": "backgrounds", "foreground": "foregrounds", "foreground_mask": "masks"}
+
+
+def _list_assets(
+    layout: Layout, assets: Assets, sources: Sources, source_sums: dict[str, list[str]]
 ) -> dict[str, Any]:
-    """Write the assets and the first dataset.json."""
-    names = {
-        "background": ("backgrounds", layout.background_file),
-        "foreground": ("foregrounds", layout.foreground_file),
-        "foreground_mask": ("masks", layout.mask_file),
+    """The assets as dataset.json lists them."""
+    paths = {
+        "background": layout.background_file,
+        "foreground": layout.foreground_file,
+        "foreground_mask": layout.mask_file,
     }
     listed: dict[str, Any] = {
         "fingerprint": assets.fingerprint(),
         "masks_from": "files" if sources.masks else "alpha",
     }
-    for kind, (plural, path_of) in names.items():
+    for kind, plural in _LISTED.items():
         # Without mask files, a mask comes from the foreground's alpha.
         sums = source_sums[plural] or source_sums["foregrounds"]
-        listed[plural] = []
-        for i, (file, source_sum) in enumerate(zip(assets.files[kind], sums, strict=True)):
-            write_atomic(manifest.out / path_of(i), file.data, manifest.scratch)
-            listed[plural].append(
-                {
-                    "file": path_of(i),
-                    "sha256": _sha256(file.data),
-                    "source": file.source,
-                    "source_sha256": source_sum,
-                }
-            )
+        listed[plural] = [
+            {
+                "file": paths[kind](i),
+                "sha256": _sha256(file.data),
+                "source": file.source,
+                "source_sha256": source_sum,
+            }
+            for i, (file, source_sum) in enumerate(zip(assets.files[kind], sums, strict=True))
+        ]
+    return listed
+
+
+def begin_dataset(
+    manifest: Manifest, described: dict[str, Any], listed: dict[str, Any], assets: Assets, plan: Plan
+) -> dict[str, Any]:
+    """Write the assets and the first dataset.json; returns its content. Call it with the lock held."""
+    manifest.put(
+        {
+            entry["file"]: file.data
+            for kind, plural in _LISTED.items()
+            for entry, file in zip(listed[plural], assets.files[kind], strict=True)
+        }
+    )
     content = {
+        **({"format_version": 2} if has_segments(plan) else {}),
         **described,
         "versions": versions(),
         "counts": {
-            "backgrounds": layout.n_backgrounds,
-            "foregrounds": layout.n_foregrounds,
-            "samples": layout.n_samples,
+            "backgrounds": plan.n_backgrounds,
+            "foregrounds": plan.n_foregrounds,
+            "samples": len(plan),
             "done": 0,
         },
         "complete": False,
@@ -590,18 +695,16 @@ def load_assets(out: Path, content: dict[str, Any]) -> Assets:
     DatasetError
         A file is missing or is not what it was.
     """
-    kinds = {
-        "background": "backgrounds",
-        "foreground": "foregrounds",
-        "foreground_mask": "masks",
-    }
     files: dict[str, tuple[AssetFile, ...]] = {}
-    for kind, plural in kinds.items():
+    for kind, plural in _LISTED.items():
         loaded = []
-        for entry in content["assets"][plural]:
+        listed = content["assets"][plural]
+        for entry, read in zip(listed, _reading([out / entry["file"] for entry in listed]), strict=True):
             path = out / entry["file"]
             try:
-                data = path.read_bytes()
+                data = read()
+            except StorageError:
+                raise
             except OSError as error:
                 raise DatasetError(f"{printable(path)}: can't be read: {error.strerror}") from None
             if _sha256(data) != entry["sha256"]:
@@ -617,7 +720,16 @@ def load_assets(out: Path, content: dict[str, Any]) -> Assets:
         raise DatasetError(f"{printable(out)}: assets can't be decoded: {error}") from None
 
 
-def _finish(
+def _reading(paths: list[Path]) -> Iterator[Callable[[], bytes]]:
+    """What gives each file's bytes; of a store, several are on their way at a time."""
+    if paths and isinstance(paths[0], Path):
+        yield from (path.read_bytes for path in paths)
+        return
+    with ThreadPoolExecutor(16) as pool:
+        yield from (future.result for future in [pool.submit(path.read_bytes) for path in paths])
+
+
+def finish_dataset(
     manifest: Manifest,
     content: dict[str, Any],
     compositor: Compositor,
@@ -652,19 +764,28 @@ def _finish(
         "complete": count == len(plan),
         "bytes": size_bytes,
         "statistics": {kind: m.to_dict(summary=True) for kind, m in statistics.items()},
-        "shards": [{"start": r.shard.start, "stop": r.shard.stop, "sha256": r.checksum} for r in records],
+        "shards": [_listed(record) for record in records],
     }
+    if any(record.shards > 1 for record in records):
+        latest["format_version"] = 2
     if done and theirs["shards"] != latest["shards"]:
-        if ahead is None or ahead.done != done:  # another process has made samples meanwhile
-            ahead = LabelJob(manifest.scratch / "labels", mask_areas(compositor.assets), done)
-            ranges = functools.partial(manifest.depth_ranges, records=records) if content.get("depth") else None
-            write_labels(ahead.folder, plan, ahead.areas, done, ranges)
-        publish_labels(ahead.folder, manifest.out)
+        if content.get("labels", True):
+            if ahead is None or ahead.done != done:  # another process has made samples meanwhile
+                ahead = LabelJob(manifest.scratch / "labels", mask_areas(compositor.assets), done)
+                ranges = functools.partial(manifest.depth_ranges, records=records) if content.get("depth") else None
+                write_labels(ahead.folder, plan, ahead.areas, done, ranges)
+            publish_labels(ahead.folder, manifest.out)
         manifest.write(latest)
-    if latest["complete"]:
+    if latest["complete"] and manifest.journal is not None:
         remove_tree(manifest.journal)
     sink.finish(done)
     return latest
+
+
+def _listed(record: ShardRecord) -> dict[str, Any]:
+    """A shard, or a segment of many, as dataset.json lists it."""
+    entry: dict[str, Any] = {"start": record.shard.start, "stop": record.shard.stop, "sha256": record.checksum}
+    return entry if record.shards == 1 else {**entry, "shards": record.shards}
 
 
 def _join_records(manifest: Manifest, compositor: Compositor, sink: sinks.Sink) -> list[ShardRecord]:
@@ -692,7 +813,7 @@ def _join_records(manifest: Manifest, compositor: Compositor, sink: sinks.Sink) 
         manifest.record([whole])
         joined.append(whole)
     manifest.forget_pieces(joined)
-    return joined
+    return pack_segments(manifest, compositor.plan, joined)
 
 
 def _file_bytes(assets: Assets, kind: str) -> int:

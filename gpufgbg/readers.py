@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from gpufgbg.exceptions import DatasetError, printable
 from gpufgbg.layout import KINDS, TAR_SUFFIXES
+from gpufgbg.urls import is_url, local_path
 
 __all__ = ["StoredPicture", "scan", "scan_labels"]
 
@@ -107,7 +108,7 @@ def scan(path: str | os.PathLike[str]) -> Iterator[StoredPicture]:
 
     Parameters
     ----------
-    path : path
+    path : path or URL
         A folder with a tree, with ``dataset.zip`` or with tar shards in it, or a zip or tar file itself.
 
     Raises
@@ -116,7 +117,7 @@ def scan(path: str | os.PathLike[str]) -> Iterator[StoredPicture]:
         There is nothing of a data set at the path, or an archive is damaged.
     """
     found = False
-    for picture in _scan(Path(path), _KIND_OF_FOLDER, kind_of):
+    for picture in _scan(path, _KIND_OF_FOLDER, kind_of):
         found = True
         yield picture
     if not found:
@@ -132,13 +133,21 @@ def scan_labels(path: str | os.PathLike[str]) -> Iterator[tuple[str, bytes]]:
     DatasetError
         A file can't be read, or an archive is damaged.
     """
-    for file in _scan(Path(path), {_LABELS: _LABELS}, _is_labels):
+    for file in _scan(path, {_LABELS: _LABELS}, _is_labels):
         if file.path.endswith(".txt"):
             yield file.name, file.load()
 
 
-def _scan(root: Path, folders: dict[str, str], kind_of: Callable[[str], str | None]) -> Iterator[StoredPicture]:
+def _scan(
+    path: str | os.PathLike[str], folders: dict[str, str], kind_of: Callable[[str], str | None]
+) -> Iterator[StoredPicture]:
     """Files of a data set: in a tree those in ``folders`` (name to kind), in an archive those with a kind."""
+    if is_url(path):
+        from gpufgbg.remote.readers import scan_store
+
+        yield from scan_store(str(path), folders, kind_of)
+        return
+    root = local_path(path)
     if root.is_file():
         yield from _archive(root, kind_of)
     elif root.is_dir():

@@ -303,6 +303,18 @@ class Plan:
         stop = min(first + (part + 1) * length, first + per_background)
         return Shard(first + part * length, stop), background * self._parts + part
 
+    @property
+    def cells(self) -> int:
+        """Number of cells of the shard grid."""
+        return self.cell(len(self) - 1)[1] + 1
+
+    def cell_at(self, number: int) -> Shard:
+        """The cell of this number."""
+        if self.cell_length >= self.per_background:
+            return self.cell(number * self.cell_length)[0]
+        background, part = divmod(number, self._parts)
+        return self.cell(background * self.per_background + part * self.cell_length)[0]
+
     def shards(self, part: Shard) -> Iterator[Shard]:
         """The cells that cover ``part``, cut off at its ends."""
         at = part.start

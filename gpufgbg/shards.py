@@ -5,15 +5,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.layout import Layout
-from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord
+from gpufgbg.manifest import Recorder, ShardChecksum, ShardRecord
 from gpufgbg.recipe import Placements, Plan, Shard
-from gpufgbg.sinks import EncodedSamples, Sink
+from gpufgbg.sinks import EncodedSamples, Publisher, Sink
 
 __all__ = ["Committer", "OpenShard"]
 
@@ -81,22 +82,26 @@ class Committer:
     """Commits closed shards in a thread of its own: durable, visible, recorded, in this order.
 
     All shards that wait are made durable by one call, since one call for many files costs little more than for one.
-    ``committed`` is called with each shard in that thread, once it is recorded.
+    ``committed`` is called with each shard in that thread, once it is recorded. A sink that uploads publishes several
+    at a time, and then a bounded number waits.
     """
 
     def __init__(
-        self, sink: Sink, manifest: Manifest, committed: Callable[[Shard], None] = lambda shard: None
+        self, sink: Publisher, manifest: Recorder, committed: Callable[[Shard], None] = lambda shard: None
     ) -> None:
         self._sink = sink
         self._manifest = manifest
         self._committed = committed
         self._waiting: queue.SimpleQueue[tuple[ShardRecord, Path] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
+        self._room = threading.Semaphore(3 * sink.uploads) if sink.uploads else None
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
         self._thread.start()
 
     def submit(self, record: ShardRecord, folder: Path) -> None:
         """Hand in a closed shard; raises what an earlier commit raised."""
+        if self._room is not None:
+            self._room.acquire()
         if self._error is not None:
             raise self._error
         self._waiting.put((record, folder))
@@ -116,14 +121,22 @@ class Committer:
                 group.append(self._waiting.get())
             last = None in group
             closed = [item for item in group if item is not None]
-            if not closed or self._error is not None:
-                continue
-            try:
-                self._sink.sync()
-                for record, folder in closed:
-                    self._sink.publish(folder, record.shard)
-                self._manifest.record([record for record, _ in closed])
-                for record, _ in closed:
-                    self._committed(record.shard)
-            except BaseException as error:  # raised again in the thread that hands shards in
-                self._error = error
+            if closed and self._error is None:
+                try:
+                    self._sink.sync()
+                    self._publish(closed)
+                    self._manifest.record([record for record, _ in closed])
+                    for record, _ in closed:
+                        self._committed(record.shard)
+                except BaseException as error:  # raised again in the thread that hands shards in
+                    self._error = error
+            if self._room is not None and closed:
+                self._room.release(len(closed))
+
+    def _publish(self, closed: list[tuple[ShardRecord, Path]]) -> None:
+        if self._sink.uploads and len(closed) > 1:
+            with ThreadPoolExecutor(self._sink.uploads) as pool:
+                list(pool.map(lambda item: self._sink.publish(item[1], item[0].shard), closed))
+            return
+        for record, folder in closed:
+            self._sink.publish(folder, record.shard)

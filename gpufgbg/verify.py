@@ -17,11 +17,13 @@ from gpufgbg.compositor import Compositor
 from gpufgbg.exceptions import DatasetError, OptionError, printable
 from gpufgbg.jpeg import JpegEncoder
 from gpufgbg.layout import SAMPLE_KINDS, Layout
-from gpufgbg.manifest import Manifest, ShardChecksum, merged, open_dataset
+from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, merged, open_dataset, open_manifest
 from gpufgbg.pipeline import load_assets
 from gpufgbg.readers import StoredPicture, kind_of
 from gpufgbg.recipe import Plan, Recipe, Shard
+from gpufgbg.segments import shards_of
 from gpufgbg.sinks import EncodedSamples
+from gpufgbg.urls import is_url, local_path
 from gpufgbg.verify_foreign import verify_foreign
 from gpufgbg.verify_report import Faults, VerifyReport
 
@@ -96,8 +98,8 @@ def verify(
     plan, layout = compositor.plan, Layout.of(compositor.plan)
     kinds = [kind for kind in SAMPLE_KINDS if kind in content["bytes"]]
     sink = sinks.select(content["sink"], manifest.out, plan, kinds)
-    shards = [(Shard(s["start"], s["stop"]), s["sha256"]) for s in content["shards"]]
-    done = merged([shard for shard, _ in shards])
+    shards = [(Shard(s["start"], s["stop"]), s["sha256"], s.get("shards", 1)) for s in content["shards"]]
+    done = merged([shard for shard, *_ in shards])
     report.samples = sum(len(part) for part in done)
     if report.samples != content["counts"]["done"]:
         report.faults.append(
@@ -117,7 +119,7 @@ def verify(
     def checked() -> Iterator[StoredPicture]:
         """All pictures of samples, each shard's after it was found whole."""
         count = 0
-        for shard, checksum in shards:
+        for shard, checksum in _single(report, manifest, shards):
             again = [index for index in chosen if shard.start <= index < shard.stop]
             expected = _rendered(compositor, layout, again)
             yield from _check_shard(report, sink, layout, plan, shard, checksum, kinds, expected)
@@ -130,7 +132,8 @@ def verify(
         _check_forms(report, decoding.select(device, workers), checked(), recipe)
     else:
         deque(checked(), 0)
-    _check_labels(report, manifest.out, plan, layout, done)
+    if content.get("labels", True):
+        _check_labels(report, manifest.out, plan, layout, done)
     if sink.name == "tree":
         _check_strangers(report, manifest.out, plan, layout, done, kinds)
     return report
@@ -138,7 +141,23 @@ def verify(
 
 def is_foreign(path: str | os.PathLike[str]) -> bool:
     """Whether a path has no data set of gpufgbg's, finished or begun: an archive by itself counts as anybody's."""
-    return not Path(path).is_dir() or not Manifest(Path(path)).started
+    if is_url(path):
+        return not open_manifest(path).started
+    root = local_path(path)
+    return not root.is_dir() or not Manifest(root).started
+
+
+def _single(
+    report: VerifyReport, manifest: Manifest, shards: list[tuple[Shard, str, int]]
+) -> Iterator[tuple[Shard, str]]:
+    """Single shards and their checksums; those of a segment from its list."""
+    for shard, checksum, count in shards:
+        try:
+            found = shards_of(manifest, ShardRecord(shard, checksum, {}, {}, shards=count))
+        except DatasetError as error:
+            report.faults.append(str(error))
+            continue
+        yield from ((record.shard, record.checksum) for record in found)
 
 
 def _check_shard(

@@ -28,7 +28,7 @@ from oracle import expected_files, samples_of, tree_of
 from PIL import Image
 from test_pictures import encoded, write
 
-from gpufgbg import Recipe, pipeline
+from gpufgbg import Recipe, manifest, pipeline
 from gpufgbg.manifest import Manifest
 from gpufgbg.sinks import stored_zip, tar, tree
 
@@ -560,7 +560,7 @@ def test_no_space_left(given: Given, run, small_disk: Path, sink: str) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "sink", "calls"),
     [
-        (pipeline, "write_atomic", "tree", 5),  # the assets
+        (manifest, "write_atomic", "tree", 5),  # the assets
         (tree, "_write", "tree", 60),  # the samples
         (tar.TarSink, "pack", "tar", 5),
         (stored_zip.ZipSink, "pack", "zip", 5),

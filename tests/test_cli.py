@@ -36,7 +36,7 @@ def options() -> list[tuple[str, argparse.Action]]:
 
 
 def test_the_commands():
-    assert list(commands()) == ["generate", "demo", "depth", "stats", "verify", "preview", "bench"]
+    assert list(commands()) == ["generate", "demo", "depth", "merge", "stats", "verify", "preview", "bench"]
 
 
 @pytest.mark.parametrize(("command", "action"), options(), ids=lambda v: getattr(v, "dest", v))

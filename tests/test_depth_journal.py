@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,22 @@ def test_a_run_that_continues_predicts_what_is_missing_alone(folders, model, tmp
     assert sum(predicted) == COUNT
     assert not (out / ".gpufgbg" / "journal").exists()
     assert oracle.tree_of(out) == oracle.tree_of(tmp_path / "whole")
+
+
+def test_of_committed_shards_nothing_is_kept(folders, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpufgbg.recipe._SHARD_SAMPLES", 6)
+    journal = tmp_path / "out" / ".gpufgbg" / "journal"
+    most = 0
+
+    def look(done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, len(list(journal.iterdir())))
+        if done == COUNT:
+            time.sleep(0.2)  # the last shards are committed meanwhile
+            assert len(list(journal.iterdir())) <= 1
+
+    generate(tmp_path / "out", **folders, recipe=SMALL, device="cpu", workers=1, depth=model, progress=look)
+    assert most >= 1 and not journal.exists()
 
 
 def test_a_torn_entry_is_predicted_again(folders, model, tmp_path, predicted):

@@ -1,4 +1,4 @@
-"""The stream inside other people's frameworks: PyTorch, JAX, DALI. Each module needs its framework, and says so."""
+"""The stream inside other people's frameworks: PyTorch, JAX, DALI, Ray. Each needs its framework, and says so."""
 
 from __future__ import annotations
 

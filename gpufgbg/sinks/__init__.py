@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gpufgbg.exceptions import OptionError
 from gpufgbg.layout import Layout
+from gpufgbg.remote.store import RemotePath
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from gpufgbg.recipe import Placements, Plan, Shard
 
-__all__ = ["SINKS", "EncodedSamples", "ShardWriter", "Sink", "select"]
+__all__ = ["SINKS", "EncodedSamples", "Publisher", "ShardWriter", "Sink", "select"]
 
 SINKS = ("tree", "zip", "tar")
 
@@ -66,7 +67,26 @@ class ShardWriter(Protocol):
         """Let go of open files; the run's folder is removed by its owner."""
 
 
-class Sink(Protocol):
+class Publisher(Protocol):
+    """What makes closed shards appear.
+
+    Attributes
+    ----------
+    uploads : int
+        Shards that are published at the same time where that takes long, and twice as many may wait; 0: one after
+        the other, and any number may wait.
+    """
+
+    uploads: int
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+
+    def publish(self, folder: Path, shard: Shard) -> None:
+        """Make a closed and durable shard appear, whole; any process may do it."""
+
+
+class Sink(Publisher, Protocol):
     """A way to keep a data set in a folder.
 
     Attributes
@@ -84,12 +104,6 @@ class Sink(Protocol):
 
     def open(self, folder: Path, shard: Shard) -> ShardWriter:
         """Begin a shard whose unfinished parts lie in ``folder``."""
-
-    def sync(self) -> None:
-        """Make everything written so far durable."""
-
-    def publish(self, folder: Path, shard: Shard) -> None:
-        """Make a closed and durable shard appear, whole; any process may do it."""
 
     def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
         """(path in the folder tree, bytes) of every file of a committed shard, sample by sample.
@@ -127,9 +141,15 @@ class FileShard:
         self.file.close()
 
 
-def select(name: str, out: Path, plan: Plan, kinds: Sequence[str]) -> Sink:
+def select(name: str, out: Path | RemotePath, plan: Plan, kinds: Sequence[str]) -> Sink:
     """The sink called ``name`` for a data set at ``out`` with these kinds of pictures a sample, or `OptionError`."""
     layout = Layout.of(plan)
+    if isinstance(out, RemotePath):
+        if name != "tar":
+            raise OptionError("sink", f"got {name!r} with a URL, expected tar: a store takes whole shards")
+        from gpufgbg.sinks.remote_tar import RemoteTarSink
+
+        return RemoteTarSink(out, plan, layout, kinds)
     if name == "tree":
         from gpufgbg.sinks.tree import TreeSink
 

@@ -108,6 +108,7 @@ class ZipSink:
     """Keeps everything in one zip; see the module."""
 
     name = "zip"
+    uploads = 0
 
     def __init__(self, out: Path, plan: Plan, layout: Layout, kinds: Sequence[str]) -> None:
         self.out = out

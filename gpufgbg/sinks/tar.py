@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +31,7 @@ _HEADER[136:148] = b"00000000000\0"
 _HEADER[156:157] = b"0"
 _HEADER[257:265] = b"ustar\x0000"
 _HEADER_SUM = sum(_HEADER) + 8 * ord(" ")  # the checksum's own field counts as spaces
-_UNFINISHED = "shard.tar"  # in the shard's folder
+UNFINISHED = "shard.tar"  # in the shard's folder
 _KIND_OF = {suffix: kind for kind, suffix in TAR_SUFFIXES.items()}
 
 
@@ -66,10 +67,11 @@ class TarSink:
     """Keeps whole shards as tar files; see the module."""
 
     name = "tar"
+    uploads = 0
 
     def __init__(self, out: Path, plan: Plan, layout: Layout, kinds: Sequence[str]) -> None:
         self.kinds = kinds
-        self.folder = out / "shards"
+        self.folder = self.parts = out / "shards"
         self.state = out / STATE
         self.plan = plan
         self.layout = layout
@@ -100,7 +102,7 @@ class TarSink:
 
     def open(self, folder: Path, shard: Shard) -> _TarShard:
         """Begin a shard."""
-        return _TarShard(folder / _UNFINISHED)
+        return _TarShard(folder / UNFINISHED)
 
     def path(self, shard: Shard) -> Path:
         """Where a shard, or a piece of one, is kept."""
@@ -115,11 +117,11 @@ class TarSink:
     def publish(self, folder: Path, shard: Shard) -> None:
         """Rename the shard."""
         self.folder.mkdir(exist_ok=True)
-        (folder / _UNFINISHED).replace(self.path(shard))
+        (folder / UNFINISHED).replace(self.path(shard))
         fsync_folder(self.folder)
 
     def _pieces(self, cell: Shard) -> list[Shard]:
-        found = self.folder.glob(f"{self.path(cell).stem}.part-*.tar")
+        found = self.parts.glob(f"{self.path(cell).stem}.part-*.tar")
         return [Shard.from_name(path.stem.partition(".part-")[2]) for path in found]
 
     def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
@@ -144,14 +146,14 @@ class TarSink:
         Only of cells that are committed as a whole: another process may have published a piece and not recorded it.
         """
         cells = {self.plan.cell(Shard.from_name(p.stem.partition(".part-")[2]).start)[0]
-                 for p in self.folder.glob("shard-*.part-*.tar")}  # fmt: skip
+                 for p in self.parts.glob("shard-*.part-*.tar")}  # fmt: skip
         for cell in sorted(cells):
             if missing(cell, list(done)):
                 continue
             pieces, whole = self._pieces(cell), self.path(cell)
             order = tiling(pieces, cell)
             if order and not whole.exists():
-                with atomic_path(whole, self.state / "scratch") as temporary:
+                with self._whole(whole) as temporary:
                     writer = _TarShard(temporary)
                     for piece in order:
                         with self.path(piece).open("rb") as file:
@@ -161,6 +163,10 @@ class TarSink:
             if whole.exists():
                 for piece in pieces:
                     self.path(piece).unlink(missing_ok=True)
+
+    def _whole(self, path: Path) -> AbstractContextManager[Path]:
+        """A file to write inside the block, which then becomes the shard at ``path``."""
+        return atomic_path(path, self.state / "scratch")
 
 
 class _TarShard(FileShard):

@@ -24,6 +24,7 @@ class TreeSink:
     """Keeps every picture as a file; see the module."""
 
     name = "tree"
+    uploads = 0
 
     def __init__(self, out: Path, plan: Plan, layout: Layout, kinds: Sequence[str]) -> None:
         self.out = out
@@ -54,8 +55,9 @@ class TreeSink:
         try:
             return os.open(folder, os.O_RDONLY)
         except FileNotFoundError:
-            with self._lock:
-                folder.mkdir(parents=True, exist_ok=True)
+            with self._lock:  # the shard's own folder is there, unless another has taken it away
+                folder.parent.mkdir(exist_ok=True)
+                folder.mkdir(exist_ok=True)
             return os.open(folder, os.O_RDONLY)
 
     def open(self, folder: Path, shard: Shard) -> _TreeShard:

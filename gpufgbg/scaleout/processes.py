@@ -1,0 +1,97 @@
+"""Workers as processes of this machine, one a device."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from gpufgbg.scaleout.driver import Member
+from gpufgbg.scaleout.worker import Job
+
+__all__ = ["ProcessCrew"]
+
+#: what runs a worker
+COMMAND = (sys.executable, "-m", "gpufgbg.scaleout.worker")
+
+
+class _Link:
+    def __init__(self, device: str, job: int) -> None:
+        self.device = device
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [*COMMAND, str(theirs.fileno()), str(job), device],
+                pass_fds=(theirs.fileno(), job),
+                stdin=subprocess.DEVNULL,
+            )
+        self.connection = Connection(ours.detach())
+
+
+class ProcessCrew:
+    """A process for each of ``devices``; one that is lost is replaced.
+
+    Parameters
+    ----------
+    job : Job
+        Kept in a file without a name that all processes read.
+    devices : sequence of str
+        Such as ``cuda:0``; one may be named several times.
+    """
+
+    def __init__(self, job: Job, devices: Sequence[str]) -> None:
+        self._devices = devices
+        self._job = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close
+        pickle.dump(job, self._job)
+        self._job.flush()
+        self._open: dict[Connection, Member] = {}
+
+    def start(self) -> list[Member]:
+        """Start all processes."""
+        return [self._start(device) for device in self._devices]
+
+    def _start(self, device: str) -> Member:
+        link = _Link(device, self._job.fileno())
+        member = self._open[link.connection] = Member(device, link)
+        return member
+
+    def wait(self, timeout_s: float) -> list[tuple[Member, tuple[Any, ...]]]:
+        """One message of each process that has any."""
+        found: list[tuple[Member, tuple[Any, ...]]] = []
+        for connection in wait(list(self._open), timeout_s):
+            assert isinstance(connection, Connection)
+            member = self._open[connection]
+            try:
+                found.append((member, connection.recv()))
+            except (EOFError, OSError):
+                found.append((member, ("lost", f"ended with code {member.link.process.wait()}")))
+                del self._open[connection]
+        return found
+
+    def send(self, member: Member, message: Any) -> None:
+        """Send a message."""
+        with suppress(OSError):
+            member.link.connection.send(message)
+
+    def drop(self, member: Member) -> None:
+        """Kill the process and wait for its end."""
+        self._open.pop(member.link.connection, None)
+        member.link.process.kill()  # also where it is stopped
+        member.link.process.wait()
+        member.link.connection.close()
+
+    def replace(self, member: Member) -> Member:
+        """Start another process on the device."""
+        return self._start(member.link.device)
+
+    def close(self) -> None:
+        """Kill all processes."""
+        for member in list(self._open.values()):
+            self.drop(member)
+        self._job.close()

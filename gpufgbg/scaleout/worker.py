@@ -1,0 +1,261 @@
+"""A worker: one device that makes whole shards, as the driver gives them out.
+
+``python -m gpufgbg.scaleout.worker SOCKET JOB DEVICE`` serves a driver of this machine; a Ray actor calls `serve`.
+
+Messages to the driver, and its answers:
+
+- ``("ready", name, engine)``: everything is loaded; ``engine`` describes what predicts depth, or is None. The answer,
+  now or later, is ``("begin", folder)``.
+- ``("next",)``: asks for a shard; the answer is a `Shard`, or None where there is none now.
+- ``("made", count)``: so many more samples are on their way.
+- ``("closed", record)``: a shard is published.
+- ``("done", timeline, memory, transferred)``: all shards since ``begin`` are published. Another ``begin`` may come.
+- ``("tell", text)`` and ``("warning", text)``: for the user.
+- ``("failed", kind, text, errno, file name)``: an error that another worker would meet too; the worker ends.
+
+The driver ends a worker by closing its channel. A worker takes nothing with it but what it holds unpublished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gpufgbg import exceptions, sinks
+from gpufgbg.compositor import Compositor
+from gpufgbg.depth.options import DEMO
+from gpufgbg.exceptions import DatasetError, GpufgbgError, GpufgbgWarning, printable
+from gpufgbg.files import remove_tree
+from gpufgbg.layout import SAMPLE_KINDS
+from gpufgbg.remote.store import RemotePath
+
+if TYPE_CHECKING:
+    from gpufgbg.assets import Assets
+    from gpufgbg.depth.model import DepthModel
+    from gpufgbg.depth.options import DepthOptions
+    from gpufgbg.manifest import ShardRecord
+    from gpufgbg.recipe import Recipe, Shard
+
+__all__ = ["Channel", "Job", "failure", "serve"]
+
+
+class Channel(Protocol):
+    """Messages between a worker and the driver, in order; `multiprocessing`'s connection is one."""
+
+    def send(self, message: Any, /) -> None:
+        """Send a message; `OSError` where the driver is gone."""
+
+    def recv(self) -> Any:
+        """Wait for the next message; `EOFError` or `OSError` where the driver is gone."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know, picklable.
+
+    Attributes
+    ----------
+    assets : Assets
+    recipe : Recipe
+    sink : str
+    out : Path
+        The data set; a folder that driver and workers share.
+    workers : int
+        Threads or writer processes of one worker.
+    batch_size : int, optional
+    depth : DepthOptions, optional
+    weights : bytes, optional
+        The file that ``depth`` names, where the worker may be on another machine.
+    """
+
+    assets: Assets
+    recipe: Recipe
+    sink: str
+    out: Path
+    workers: int
+    batch_size: int | None = None
+    depth: DepthOptions | None = None
+    weights: bytes | None = None
+
+    def carrying_weights(self) -> Job:
+        """The job for other machines, with the bytes of the file of weights."""
+        if self.depth is None or self.depth.weights == DEMO:
+            return self
+        return dataclasses.replace(self, weights=Path(self.depth.weights).read_bytes())
+
+
+def serve(channel: Channel, job: Job, device: str) -> None:
+    """Load ``job`` on ``device`` and make the driver's shards until the channel ends."""
+    link = _Link(channel)
+    try:
+        with _warnings_sent(link), _depth_options(job) as depth:
+            worker = _Worker(job, device, depth, link)
+            link.send("ready", worker.name, worker.engine)
+            while True:
+                _, folder = channel.recv()
+                worker.run(Path(folder))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the driver is gone, or has no more to do
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            link.send("failed", *_described(error))
+
+
+def failure(kind: str | None, text: str, errno: int | None, file: str | None) -> BaseException:
+    """The error that a ``failed`` message describes."""
+    if errno is not None:
+        return OSError(errno, text, file)
+    if kind is None:
+        return RuntimeError(f"a worker failed:\n{text}")
+    if kind == "OptionError":
+        return exceptions.OptionError(*text.split(": ", 1))
+    error: BaseException = getattr(exceptions, kind)(text)
+    return error
+
+
+def _described(error: BaseException) -> tuple[str | None, str, int | None, str | None]:
+    if isinstance(error, GpufgbgError):
+        return type(error).__name__, str(error), None, None
+    if isinstance(error, OSError) and error.errno is not None:
+        name = error.filename2 or error.filename
+        return None, str(error.strerror), error.errno, None if name is None else str(name)
+    return None, "".join(traceback.format_exception(error)), None, None
+
+
+class _Link:
+    """The worker's end of the channel; several threads send."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+
+    def send(self, *message: Any) -> None:
+        with self._lock:
+            self._channel.send(message)
+
+    def shards(self) -> Iterator[Shard]:
+        """Shards as the driver gives them, until it has none."""
+        while True:
+            self.send("next")
+            shard = self._channel.recv()
+            if shard is None:
+                return
+            yield shard
+
+
+class _Reporter:
+    """Stands for the manifest in a pipeline: the driver is who records."""
+
+    journal = None  # of shards that another worker may get
+
+    def __init__(self, out: Path, link: _Link) -> None:
+        self.out = out
+        self._link = link
+
+    def record(self, records: Iterable[ShardRecord]) -> None:
+        """Tell the driver of published shards."""
+        for record in records:
+            self._link.send("closed", record)
+
+
+class _Worker:
+    """Everything loaded on one device."""
+
+    def __init__(self, job: Job, device: str, depth: DepthOptions | None, link: _Link) -> None:
+        self._job = job
+        self._link = link
+        self._compositor = Compositor(job.assets, job.recipe, device, job.workers)
+        self.name = self._compositor.backend.name
+        self._model: DepthModel | None = None
+        self.engine: dict[str, Any] | None = None
+        if depth is not None:
+            from gpufgbg.depth.model import DepthModel
+
+            self._model = DepthModel(depth, job.recipe.size, self.name, 1, lambda text: link.send("tell", text))
+            self.engine = self._model.engine.description
+
+    def run(self, folder: Path) -> None:
+        """Make shards until the driver has none; unfinished ones lie in ``folder``."""
+        from gpufgbg.pipeline import make_engine
+
+        job, link, compositor = self._job, self._link, self._compositor
+        kinds = SAMPLE_KINDS if self._model else SAMPLE_KINDS[:-1]
+        sink = sinks.select(job.sink, job.out, compositor.plan, kinds)
+        engine = make_engine(compositor, sink, _Reporter(job.out, link), job.workers, job.batch_size, self._model)
+        with _run_folder(job, folder) as path:
+            engine.run(link.shards(), path, lambda count: link.send("made", count), None)
+        link.send("done", engine.timeline, engine.memory, engine.transferred)
+
+
+@contextlib.contextmanager
+def _run_folder(job: Job, folder: Path) -> Iterator[Path]:
+    """The folder for unfinished shards; on this machine's own disk where the shards go to a store."""
+    if isinstance(job.out, RemotePath) and not folder.parent.is_dir():  # the driver is on another machine
+        with tempfile.TemporaryDirectory(prefix="gpufgbg-") as own:
+            yield Path(own)
+        return
+    if not folder.parent.is_dir():
+        raise DatasetError(
+            f"--out {printable(job.out)}: not there on {socket.gethostname()}: expected a folder that all machines "
+            "share under one path, or a store (s3://BUCKET/FOLDER)"
+        )
+    folder.mkdir()
+    yield folder
+    remove_tree(folder)
+
+
+@contextlib.contextmanager
+def _depth_options(job: Job) -> Iterator[DepthOptions | None]:
+    """The job's options of depth, with its file of weights where it carries one."""
+    if job.depth is None or job.weights is None:
+        yield job.depth
+        return
+    with tempfile.TemporaryDirectory(prefix="gpufgbg-") as folder:
+        path = Path(folder, Path(job.depth.weights).name)
+        path.write_bytes(job.weights)
+        yield dataclasses.replace(job.depth, weights=str(path))
+
+
+@contextlib.contextmanager
+def _warnings_sent(link: _Link) -> Iterator[None]:
+    """Our warnings go to the driver's user."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, GpufgbgWarning):
+                link.send("warning", str(message))
+            else:
+                shown(message, category, *rest, **more)
+
+        warnings.simplefilter("always", GpufgbgWarning)
+        warnings.showwarning = show
+        yield
+
+
+def main(arguments: list[str]) -> int:
+    """Serve a driver of this machine: file descriptors of the socket and of the pickled job, and the device."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+    descriptor = int(arguments[1])
+    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as memory:
+        job = pickle.loads(memory)
+    serve(Connection(int(arguments[0])), job, arguments[2])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

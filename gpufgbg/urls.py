@@ -1,0 +1,46 @@
+"""Data sets that have a URL: which texts are URLs, and which URLs are not taken."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from gpufgbg.exceptions import OptionError, printable
+
+__all__ = ["checked_url", "is_url", "local_path"]
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^/]*)?://")
+
+
+def is_url(path: Any) -> bool:
+    """Whether a data set's place is a store's URL; ``file://`` is a path in another spelling."""
+    return isinstance(path, str) and _URL.match(path) is not None and not path.lower().startswith("file://")
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a data set on this machine, also of a ``file://`` URL."""
+    if isinstance(path, str) and path.lower().startswith("file://"):
+        return Path(url2pathname(urlsplit(path).path))
+    return Path(path)
+
+
+def checked_url(url: str) -> str:
+    """The URL without a slash at its end, or `OptionError` that shows no secret of it."""
+    scheme, _, rest = url.partition("://")
+    host, _, path = rest.partition("/")
+    if "@" in host or "?" in url or "#" in url:
+        shown = f"{scheme}://{host.rpartition('@')[2].partition('?')[0]}/..."
+        raise OptionError(
+            "out",
+            f"{printable(shown)}: a URL with a credential, ? or # in it: expected SCHEME://BUCKET/FOLDER alone; "
+            "credentials come from the environment or their usual files",
+        )
+    if "::" in scheme:
+        raise OptionError("out", f"{printable(url)}: a chain of file systems: expected SCHEME://BUCKET/FOLDER")
+    if not host and not path:
+        raise OptionError("out", f"{printable(url)}: names no bucket: expected SCHEME://BUCKET/FOLDER")
+    return url.rstrip("/")
