@@ -353,7 +353,7 @@ def test_verify_finds_no_fault_and_a_changed_depth_map(make, run, tmp_path, sink
     out = tmp_path / "out"
     code, printed, _ = run("verify", out, "--rerender", 100, "--json")
     assert (code, json.loads(printed)) == (
-        0, {"samples": COUNT, "files": 3 * COUNT, "rerendered": COUNT, "faults": []},
+        0, {"samples": COUNT, "files": 3 * COUNT, "rerendered": COUNT, "decoded": 0, "faults": []},
     )  # fmt: skip
     path = {"zip": out / "dataset.zip", "tar": out / "shards" / "shard-000000.tar"}.get(sink)
     path = path or sorted((out / "fg_bg_depth").rglob("*.jpg"))[5]

