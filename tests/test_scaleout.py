@@ -12,7 +12,7 @@ import crews
 import oracle
 import pytest
 
-from gpufgbg import DeviceError, Interrupted, OptionError, Recipe, StorageError, generate
+from gpufgbg import DeviceError, Interrupted, OptionError, Recipe, StorageError, add_depth, generate
 from gpufgbg.manifest import Manifest
 from gpufgbg.scaleout import devices, driver, processes
 from gpufgbg.scaleout.processes import ProcessCrew
@@ -66,11 +66,17 @@ def test_two_processes_make_the_bytes_of_one(make, tmp_path, members, sink):
 def test_slices_and_depth(make, tmp_path, members):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    make("whole", device="cpu", sink="tar", depth="demo")
-    make("out", sink="tar", depth="demo", samples=(5, 100))
-    make("out", sink="tar", depth="demo", device="cpu,cpu,cpu")
+    small = Recipe(size=(64, 48), foreground_height=20, per_pair=2)
+    make("whole", device="cpu", sink="tar", depth="demo", recipe=small)
+    make("out", sink="tar", depth="demo", samples=(5, 30), recipe=small)
+    make("out", sink="tar", depth="demo", device="cpu,cpu,cpu", recipe=small)
     assert len(members) == 5
     assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
+    make("later", device="cpu", sink="tar", recipe=small)
+    assert add_depth(tmp_path / "later", "demo", device="cpu,cpu").device == "cpu, cpu"
+    shards = [{k: v for k, v in oracle.tree_of(tmp_path / name).items() if k.startswith("shards/")}
+              for name in ("later", "whole")]  # fmt: skip
+    assert shards[0] == shards[1]
 
 
 @pytest.mark.parametrize(
