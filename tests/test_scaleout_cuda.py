@@ -1,4 +1,4 @@
-"""Workers on cards: the bytes of the CPU, also where one is killed half way. A single card is taken by two workers."""
+"""Workers on cards: the bytes of the CPU, also where one is killed half way. Two workers share a single card."""
 
 from __future__ import annotations
 
