@@ -16,6 +16,7 @@ from gpufgbg.layout import KINDS
 from gpufgbg.moments import Moments
 from gpufgbg.readers import StoredPicture, decode, scan
 from gpufgbg.statistics import KindStatistics
+from gpufgbg.urls import is_url, local_path
 
 __all__ = ["contact_sheet", "format_bytes", "format_table", "preview"]
 
@@ -129,7 +130,9 @@ def preview(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = N
     """
     if isinstance(columns, bool) or not isinstance(columns, int) or not 1 <= columns <= 100:
         raise OptionError("columns", f"got {columns!r}, expected 1 to 100")
-    root = Path(path)
+    if is_url(path):
+        raise OptionError("DATASET", f"{printable(path)}: preview shows data sets on this machine alone")
+    root = local_path(path)
     target = Path(out) if out else (root if root.is_dir() else root.parent) / "preview.png"
     if target.suffix.lower() != ".png":
         raise OptionError("out", f"got {printable(target)}, expected a name ending in .png")

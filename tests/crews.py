@@ -1,11 +1,14 @@
-"""Runs whose shards are short, in workers and drivers of their own processes too."""
+"""Runs whose shards are short, and whose retries are quick, in workers and drivers of their own processes too."""
 
 from __future__ import annotations
 
 import sys
 
 SHARD = 7  # samples
-_SHORT = f"import sys; from gpufgbg import recipe; recipe._SHARD_SAMPLES = {SHARD}; "
+_SHORT = (
+    f"import sys; from gpufgbg import recipe; recipe._SHARD_SAMPLES = {SHARD}; "
+    "from gpufgbg.remote import store; store._WAIT_S = 0.01; "
+)
 #: runs a worker process
 WORKER = (sys.executable, "-c", f"{_SHORT}from gpufgbg.scaleout.worker import main; sys.exit(main(sys.argv[1:]))")
 #: runs the command line; its worker processes are of that kind

@@ -101,7 +101,7 @@ class FaultyProxy:
     def _draw(self, method: str) -> str | None:
         with self._lock:
             self.requests[method] += 1
-            if self._left and self._rng.random() < 0.5:
+            if self._left and self._rng.random() < 0.6:
                 self._left -= 1
                 (kind,) = self._rng.choices(KINDS, (3, 3, 1, 3, 3, 3))
                 self.made[kind] += 1

@@ -307,6 +307,8 @@ def test_what_a_store_is_not_for(run, s3, make):
     make(url, samples=(0, 10))
     code, _, error = run("depth", url, "--weights=demo")
     assert code == 2 and "go into a store with generate --depth" in error
+    code, _, error = run("preview", url)
+    assert code == 2 and "preview shows data sets on this machine alone" in error
 
 
 def test_depth_goes_there_too(make, s3, tmp_path):

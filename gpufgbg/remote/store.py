@@ -29,7 +29,8 @@ _ATTEMPTS = 8  # over some two minutes, beside those that the store's own packag
 _FIRST_ATTEMPTS = 2  # of the first access, which tells of wrong names
 _WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _REQUESTS = 32  # at a time
-PART_BYTES = 16 << 20  # of a multipart upload, and of what is read at a time
+PART_BYTES = 32 << 20  # of a multipart upload: each is a request, and stores limit those a second
+_READ_BYTES = 16 << 20  # at a time, of an object that is read front to back
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # extras of ours that have the scheme's package
 #: stores that show an object once its upload is complete; elsewhere it is uploaded aside and renamed
 _WHOLE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory")
@@ -321,7 +322,7 @@ class _Reader(io.RawIOBase):
         within = self._at - self._start
         if within >= len(self._piece):
             self._start, within = self._at, 0
-            self._piece = self._store.read(self._key, self._at, min(self._at + PART_BYTES, self._size))
+            self._piece = self._store.read(self._key, self._at, min(self._at + _READ_BYTES, self._size))
         count = min(len(buffer), len(self._piece) - within)
         buffer[:count] = self._piece[within : within + count]
         self._at += count

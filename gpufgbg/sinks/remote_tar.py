@@ -23,7 +23,7 @@ __all__ = ["RemoteTarSink"]
 class RemoteTarSink(TarSink):
     """Keeps whole shards as tar files in a store; see the module."""
 
-    uploads = 4
+    uploads = 8
 
     def __init__(self, out: RemotePath, plan: Plan, layout: Layout, kinds: Sequence[str]) -> None:
         super().__init__(cast(Path, out), plan, layout, kinds)  # it has what is used of a path
