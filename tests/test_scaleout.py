@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -128,8 +129,10 @@ def test_a_worker_that_lives_on_can_not_publish(make, tmp_path, members, monkeyp
     assert member.held
     before = oracle.tree_of(tmp_path / "out")
     os.kill(member.link.process.pid, signal.SIGCONT)
-    member.link.process.wait(timeout=20)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it may have published just before, and ask for the next
+        member.link.process.wait(timeout=3)
     member.link.connection.close()
+    member.link.process.wait(timeout=60)
     assert oracle.tree_of(tmp_path / "out") == before == oracle.tree_of(tmp_path / "whole")
 
 
