@@ -43,6 +43,17 @@ DEPTH_SHOWN = (
 )
 
 
+#: rows of h200_stream.md and h200_stats.md that README shows
+LIBRARY_SHOWN = (
+    "feed: uint8 NHWC, shuffled, new arrays",
+    "feed: float16 NCHW",
+    "U-Net",
+    "blend",
+    "stats",
+    "composite: greatest",
+)
+
+
 def cpu_table(text: str) -> str:
     """The table of ratios in cpu.md."""
     return re.search(r"^\| gpufgbg against.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[0]
@@ -53,6 +64,12 @@ def gpu_table(text: str, shown: tuple[str, ...]) -> str:
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     chosen = [row for row in rows[1:] if row[2:].startswith(shown)]
     return "\n".join([rows[0], "|---|---|---|", *chosen])
+
+
+def library_table() -> str:
+    """What the library and ``stats`` do on a card."""
+    stream, stats = (gpu_table((RESULTS / f"h200_{n}.md").read_text(), LIBRARY_SHOWN) for n in ("stream", "stats"))
+    return "\n".join([stream, *stats.splitlines()[2:]])
 
 
 def marked(name: str, table: str) -> str:
@@ -83,6 +100,7 @@ def updated(readme: str) -> str:
         ("cpu", cpu_table((RESULTS / "cpu.md").read_text())),
         ("h200", gpu_table((RESULTS / "h200.md").read_text(), SHOWN)),
         ("depth", gpu_table((RESULTS / "h200_depth.md").read_text(), DEPTH_SHOWN)),
+        ("library", library_table()),
     ]
     if (RESULTS / "h200.json").is_file():
         tables.append(("bench", bench_table(RESULTS / "h200.json")))

@@ -28,6 +28,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("h5py")
 
+import onnx
 import onnx_models
 from keras_densedepth import Layer, decoder_layers, encoder_layers, write_h5
 
@@ -698,11 +699,13 @@ def test_networks_that_tensorrt_can_not_run(tensorrt, model):
     tensorrt.parses = False
     parser = tensorrt.module.OnnxParser.return_value
     parser.num_errors = 1
-    parser.get_error.return_value.desc.return_value = "Unsupported\noperator Mystery"
-    with pytest.raises(
-        InputError, match=r"^--depth model.onnx: TensorRT can't import it: Unsupported operator Mystery$"
-    ):
-        load(model)
+    error = parser.get_error.return_value
+    error.desc.return_value = "Plugin not\nfound"
+    first = onnx.load(model).graph.node[0].op_type
+    for node, said in ((0, f"operator {first}: Plugin not found"), (-1, "Plugin not found")):
+        error.node.return_value = node
+        with pytest.raises(InputError, match=rf"^--depth model.onnx: TensorRT can't import it: {said}$"):
+            load(model)
 
 
 @pytest.mark.parametrize("version", ["8.5.3", "7.2.0", "8.6.1.post1", "10.0.0b6", "11.1"])

@@ -205,7 +205,7 @@ class TensorRTEngine:
         network = builder.create_network(flags)
         parser = trt.OnnxParser(network, self._logger)
         if not parser.parse(model.SerializeToString()):
-            reason = parser.get_error(0).desc() if parser.num_errors else self._messages.last()
+            reason = _import_error(parser.get_error(0), model) if parser.num_errors else self._messages.last()
             raise InputError(
                 f"--depth {printable(source.name)}: TensorRT can't import it: {printable(_short(reason))}"
             )
@@ -416,6 +416,15 @@ def _logging() -> tuple[Any, _Messages]:
                 messages.add(text)
 
     return Logger(), messages
+
+
+def _import_error(error: Any, model: Any) -> str:
+    """What TensorRT's parser says of an ONNX model, with the operator that it says it of: 8.6 leaves that out."""
+    nodes, index = model.graph.node, error.node()
+    said = str(error.desc())
+    if not 0 <= index < len(nodes) or nodes[index].op_type in said:
+        return said
+    return f"operator {nodes[index].op_type}: {said}"
 
 
 def _short(text: str) -> str:
