@@ -68,7 +68,7 @@ SCALES = {
     "full": Scale(
         pairs=4000, card_pairs=8000, pictures=1000, card_pictures=4000, slow_pictures=400,
         sizes=(16, 128, 1024, 4096), card_sizes=(1, 16, 128, 1024, 8192),
-        job=20_000, card_job=400_000, job_sizes=(1000, 5000), card_job_sizes=(10_000, 100_000),
+        job=20_000, card_job=100_000, job_sizes=(1000, 5000), card_job_sizes=(1000, 10_000),
         stats=20_000, stream=100_000, depth=224, card_depth=448, depth_pictures=64,
         least_rounds=5, seconds=0.6, limit_bytes=2 << 30, compiled=True,
     ),

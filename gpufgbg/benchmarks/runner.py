@@ -303,11 +303,15 @@ class _Suite:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """This process's, for what is run of ``folder``; a checkout that is not installed is put where that finds it."""
+    """This process's, for what is run of ``folder``; a checkout that is not installed is put where that finds it.
+
+    Without pytest's own variables: where this process is one of pytest-xdist's, nothing would be measured.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     paths = [os.environ.get("PYTHONPATH", "")]
     if folder.parent != _PACKAGE:
         paths.insert(0, str(_PACKAGE.parent))
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONUNBUFFERED": "1"}
+    return kept | {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONUNBUFFERED": "1"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
