@@ -116,6 +116,10 @@ def cards(arguments: argparse.Namespace, folder: Path) -> None:
                 f"{wall:.1f} s",
                 f"{made / wall:,.0f}/s; {made / seconds:,.0f}/s while samples are made",
             )
+            moved = sum(report["transferred"].values())
+            files = sum(report["bytes"].get(kind, 0) for kind in ("composite", "composite_mask", "depth"))
+            remark = f"{files / 1e9:.3f} GB of JPEG files; {100 * (moved - files) / files:.3f} % more"
+            row(f"{name}, {device}: from the cards to the host", f"{moved / 1e9:.3f} GB", remark)
             for phase, took in report["timeline"].items():
                 row(f"{name}, {device}: {phase}", f"{took:.2f} s")
             row(f"{name}, {device}: what bounds it", "", bound(report, used / wall, cores))
