@@ -72,7 +72,12 @@ def bound(report: dict, cores_used: float, cores: int) -> str:
             parts.setdefault(phase.partition(" (")[0].removeprefix("samples: "), []).append(seconds)
     shares = {phase: max(seconds) / total for phase, seconds in parts.items()}
     card = sum(
-        shares.get(name, 0) for name in ("render and encode on the card", "wait for depth maps and encode them")
+        shares.get(name, 0)
+        for name in (
+            "render and encode on the card",
+            "queue the inferences",  # the card's queue being full, this waits for it too
+            "wait for depth maps and encode them",
+        )
     )
     waits = sum(shares.get(name, 0) for name in ("wait for a slot", "wait for a writer", "last writers"))
     commits = shares.get("last commits", 0)

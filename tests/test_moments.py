@@ -12,7 +12,7 @@ from gpufgbg.backends import cpu
 
 
 @pytest.mark.parametrize("count", [Moments.of, cpu.moments])
-@pytest.mark.parametrize("shape", [(3, 17, 5), (2, 8, 9, 3), (1, 1, 1, 1), (4, 1, 7)])
+@pytest.mark.parametrize("shape", [(3, 17, 5), (2, 8, 9, 3), (1, 1, 1, 1), (4, 1, 7), (3, 50, 41, 3)])
 def test_against_numpy(count, shape):
     pictures = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     m = count(pictures)
@@ -21,6 +21,14 @@ def test_against_numpy(count, shape):
     assert m.sum == tuple(flat.sum(axis=0)) and m.sum_of_squares == tuple((flat**2).sum(axis=0))
     np.testing.assert_allclose(m.mean, flat.mean(axis=0) / 255, rtol=1e-12)
     np.testing.assert_allclose(m.std, flat.std(axis=0) / 255, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_white_pixels_overflow_no_lane(channels):
+    pixels = cpu._LANES * (cpu._RUNS + 2) + 5
+    white = np.full((1, pixels, 1, channels), 255, np.uint8)
+    m = cpu.moments(white)
+    assert m.sum == (255 * pixels,) * channels and m.sum_of_squares == (255**2 * pixels,) * channels
 
 
 def test_merging_is_exact_in_any_order_and_for_huge_sets():
