@@ -96,9 +96,9 @@ def normalise(
     if _on_card(images):
         from gpufgbg.backends.cuda import kernel
 
-        grid = (n, min(65_535, -(-pixels // _PIXELS)))
+        grid = (-(-pixels // _PIXELS), min(65_535, n))
         with images.device:
-            arguments = (images, np.int32(pixels), *scale, *bias, out)
+            arguments = (images, np.int32(n), np.int32(pixels), *scale, *bias, out)
             kernel("normalise", f"normalise_{layout.lower()}_{dtype}")(grid, (_THREADS,), arguments)
         return out
     table = _table(scale, bias, dtype)

@@ -14,8 +14,8 @@ void run_normalise(int32_t planes, int32_t type, int32_t n, int32_t blocks, cons
                    const float* v, void* out) {
     using namespace normalise_cu;
     const auto launch = [=](const auto& kernel, auto* to) {
-        emulator::launch((unsigned)n, (unsigned)blocks, kThreads,
-                         [=] { kernel(images, pixels, v[0], v[1], v[2], v[3], v[4], v[5], to); });
+        emulator::launch((unsigned)blocks, n < 2 ? 1u : 2u, kThreads,  // with three pictures, a block takes two
+                         [=] { kernel(images, n, pixels, v[0], v[1], v[2], v[3], v[4], v[5], to); });
     };
     if (type == 0)
         launch(planes ? normalise_nchw_float32 : normalise_nhwc_float32, (float*)out);
