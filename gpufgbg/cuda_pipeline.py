@@ -399,7 +399,7 @@ class _Writer:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gpufgbg.writer", str(theirs.fileno()), str(memory)],
+                [sys.executable, "-m", "gpufgbg.writer", str(theirs.fileno()), str(memory), str(os.getpid())],
                 pass_fds=(theirs.fileno(), memory),
                 stdin=subprocess.DEVNULL,
             )

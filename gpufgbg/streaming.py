@@ -458,6 +458,19 @@ class SampleStream:
             raise StopIteration
         return batch
 
+    def synchronize(self) -> None:
+        """Wait until all batches that were given are in memory: for readers that don't honour CUDA streams.
+
+        On a card it waits for the stream's `cuda_stream` or, without one, for CuPy's current stream; on the CPU they
+        are there.
+        """
+        if not self._on_cpu:
+            import cupy
+
+            backend: Any = self.compositor.backend
+            with backend.device, self._current():
+                cupy.cuda.get_current_stream().synchronize()
+
     def _take(self) -> tuple[_Span, npt.NDArray[np.int64], tuple[int, int]] | None:
         """The next batch's place and indices, and the state after it; the schedule moves on, to the next one."""
         span = self._schedule.take()

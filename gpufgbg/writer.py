@@ -24,12 +24,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from gpufgbg.orphans import end_with_parent
+
 __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> int:
-    """Serve one parent: ``arguments`` are the file descriptors of the socket and of the memory."""
+    """Serve one parent: file descriptors of the socket and of the memory, and the parent's process number."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    end_with_parent(int(arguments[2]))
     connection = Connection(int(arguments[0]))
     try:
         _serve(connection, memoryview(mmap.mmap(int(arguments[1]), 0)))

@@ -54,6 +54,7 @@ class StreamSource:
     def __next__(self) -> tuple[Any, ...]:
         """(image, mask), or (image, mask, depth): (N, H, W, 3), (N, H, W) and (N, H, W), all uint8."""
         batch = next(self.stream)
+        self.stream.synchronize()  # DALI waits for no stream of ours where it makes no copy
         self._kept.append(batch)
         arrays = (batch.image, batch.mask)
         return arrays if batch.depth is None else (*arrays, batch.depth.grey)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 import warnings
@@ -271,8 +272,9 @@ class Driver:
         if self._run is None or not member.ready or member.running:
             return
         self._begun += 1
-        # A folder of its own: where a worker is given up but lives on, it loses the folder and can't publish.
-        member.folder = self._run.folder / f"worker-{self._begun}"
+        # A folder of its own: where a worker is given up but lives on, it loses the folder and can't publish. One
+        # that outlives its driver, on another machine, must not find the next driver's there.
+        member.folder = self._run.folder / f"worker-{self._begun}-{secrets.token_hex(4)}"
         member.running, member.made, member.silent_s = True, 0, 0.0
         self._crew.send(member, ("begin", str(member.folder)))
 

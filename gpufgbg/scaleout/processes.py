@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 import subprocess
@@ -27,7 +28,7 @@ class _Link:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [*COMMAND, str(theirs.fileno()), str(job), device],
+                [*COMMAND, str(theirs.fileno()), str(job), device, str(os.getpid())],
                 pass_fds=(theirs.fileno(), job),
                 stdin=subprocess.DEVNULL,
             )

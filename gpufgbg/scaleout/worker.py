@@ -41,6 +41,7 @@ from gpufgbg.depth.options import DEMO
 from gpufgbg.exceptions import DatasetError, GpufgbgError, GpufgbgWarning, printable
 from gpufgbg.files import remove_tree
 from gpufgbg.layout import SAMPLE_KINDS
+from gpufgbg.orphans import end_with_parent
 from gpufgbg.remote.store import RemotePath
 
 if TYPE_CHECKING:
@@ -248,8 +249,9 @@ def _warnings_sent(link: _Link) -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve a driver of this machine: file descriptors of the socket and of the pickled job, and the device."""
+    """Serve a driver of this machine: descriptors of its socket and of the pickled job, the device, its number."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+    end_with_parent(int(arguments[3]))
     descriptor = int(arguments[1])
     with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as memory:
         job = pickle.loads(memory)
