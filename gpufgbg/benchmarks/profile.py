@@ -144,11 +144,12 @@ def _number(text: str | None) -> float | None:
 def bound_by(values: dict[str, float | None]) -> str:
     """What keeps a kernel from being faster, by its counters.
 
-    The unit that is busiest, where that is at least 60 % of its peak. Else nothing is busy: too few blocks for the
-    card, or warps wait, and what for is said.
+    Device memory, where that is at 60 % of its peak; the L2 cache, through which all goes, is busier then. Else the
+    unit that is busiest, where that is at least at 60 %. Else nothing is busy: too few blocks for the card, or warps
+    wait, and what for is said.
     """
     busy = [(values.get(name) or 0.0, unit) for name, unit in _UNITS.items()]
-    share, unit = max(busy)
+    share, unit = busy[0] if busy[0][0] >= _BOUND else max(busy)
     if share >= _BOUND:
         return unit
     waves = values.get("waves")
