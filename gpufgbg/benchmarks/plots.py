@@ -131,7 +131,7 @@ def roofline(results: Results, pyplot: Any) -> Any:
         return None
     peak = max(issue)[1] / max(issue)[0] * 100
     bandwidth = max(memory)[1] / max(memory)[0] * 100  # bytes a nanosecond
-    figure, axis = pyplot.subplots(figsize=(9.5, 6))
+    figure, axis = pyplot.subplots(figsize=(11, 6))
     lowest, highest = min(p[1] for p in points) / 2, max(*(p[1] for p in points), peak / bandwidth) * 3
     xs = [lowest, peak / bandwidth, highest]
     axis.plot(xs, [bandwidth * lowest, peak, peak], color=_GREY, linewidth=1.5)
@@ -139,17 +139,16 @@ def roofline(results: Results, pyplot: Any) -> Any:
     axis.text(lowest * 1.2, bandwidth * lowest, memory_roof, fontsize=8, va="center")
     axis.text(highest, peak * 1.08, f"instruction issue, {peak:,.0f} G/s", fontsize=8, ha="right")
     axis.set_ylim(min([bandwidth * lowest, *(p[2] for p in points)]) / 1.5, peak * 1.5)
-    seen: set[str] = set()
-    labelled: list[tuple[float, float]] = []
+    numbers: dict[str, int] = {}
     for kernel, x, y, time_ns, _ in sorted(points, key=lambda p: -p[3]):
         axis.scatter(
             x, y, s=12 + 60 * (time_ns / max(p[3] for p in points)) ** 0.5, color=_OURS, alpha=0.75, linewidths=0
         )
-        near = any(0.8 < x / a < 1.25 and 0.72 < y / b < 1.38 for a, b in labelled)
-        if kernel not in seen and not near:
-            axis.annotate(kernel, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7, color=_GREY)
-            labelled.append((x, y))
-        seen.add(kernel)
+        if kernel not in numbers:
+            numbers[kernel] = len(numbers) + 1
+            axis.annotate(str(numbers[kernel]), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    names = "\n".join(f"{number:>2} {kernel}" for kernel, number in numbers.items())
+    axis.text(1.02, 1, names, transform=axis.transAxes, fontsize=7, va="top", family="monospace", linespacing=1.4)
     axis.set(xscale="log", yscale="log", xlabel="warp instructions a byte of device memory")
     axis.set_ylabel("warp instructions, G a second")
     axis.set_title("Our kernels below the card's roofs (larger dots take longer)", fontsize=9, loc="left")
@@ -197,7 +196,7 @@ def _ticks(span: float) -> Any:
     """Few labels on an axis, but more than one."""
     from matplotlib.ticker import LogLocator
 
-    return LogLocator(subs=(1.0,) if span > 300 else (1.0, 2.0, 5.0), numticks=9)
+    return LogLocator(subs=(1.0,) if span > 80 else (1.0, 2.0, 5.0), numticks=9)
 
 
 #: name -> what draws it, or None where the results have no rows for it
