@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import imagecodecs
@@ -21,6 +21,7 @@ from gpufgbg import backends
 from gpufgbg.backends.cpu import moments
 from gpufgbg.compositor import check_workers
 from gpufgbg.exceptions import DatasetError, DeviceError
+from gpufgbg.helpers import Helpers
 from gpufgbg.moments import Moments
 from gpufgbg.pictures import has_end
 from gpufgbg.readers import StoredPicture, decode_bytes
@@ -31,6 +32,7 @@ __all__ = ["CpuDecoder", "Decoded", "Decoder", "Form", "select"]
 Form = tuple[int, int, str, str]
 
 CHUNK = 64  # pictures that a thread takes at a time
+ONE_LOCK = 3  # threads that one interpreter's lock is enough for
 _GREY = ("foreground_mask", "composite_mask", "depth")
 _JPEG = b"\xff\xd8"
 _Item = TypeVar("_Item")
@@ -223,8 +225,25 @@ def threads_for(count: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def decode_stored(pictures: Sequence[StoredPicture]) -> Decoded:
+    """Read and decode pictures of one kind, on the CPU."""
+    return decode_files(pictures, load(pictures))
+
+
+def _decode_away(pictures: Sequence[StoredPicture]) -> Decoded:
+    """The same for another process, which knows the pictures."""
+    return replace(decode_stored(pictures), pictures=[])
+
+
+def decode_apart(helpers: Helpers, pictures: list[StoredPicture]) -> Decoded:
+    """The same, in a helper where one is ready and can have the pictures."""
+    if not pictures[0].portable:
+        return decode_stored(pictures)
+    return replace(helpers.call(_decode_away, pictures, len(pictures)), pictures=pictures)
+
+
 class CpuDecoder:
-    """Decodes in threads on the CPU, exactly as Pillow does.
+    """Decodes on the CPU, exactly as Pillow does: in threads, and in a process for each where they are many.
 
     Parameters
     ----------
@@ -238,15 +257,12 @@ class CpuDecoder:
 
     def decode(self, pictures: Iterable[StoredPicture]) -> Generator[Decoded, None, None]:
         """See `Decoder`."""
-
-        def work(batch: list[StoredPicture]) -> Decoded:
-            return decode_files(batch, load(batch))
-
-        with threads_for(self._threads) as pool:
+        helpers = Helpers(self._threads if self._threads > ONE_LOCK else 0)
+        with helpers, threads_for(self._threads) as pool:
             chunks = batches(pictures, lambda: CHUNK)
 
             def submit(chunk: list[StoredPicture]) -> Future[Decoded]:
-                return pool.submit(work, chunk)
+                return pool.submit(decode_apart, helpers, chunk)
 
             for future in overlapped(chunks, submit, 2 * self._threads):
                 yield future.result()

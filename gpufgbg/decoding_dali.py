@@ -1,10 +1,10 @@
 """Decoding by NVIDIA DALI: JPEG files go to the card as they are, and the sums of their pixels come back.
 
-Four stages overlap: threads read files ahead; DALI decodes the batches before those; CuPy counts, on a stream of its
-own, what DALI has decoded; and the host adds up the sums of what was counted. Between the first two, a file's header
-says where it goes: DALI gets those that every decoder reads alike (`plain_jpegs`), together those of
-one number of channels. All else, and whatever DALI refuses, goes the CPU decoder's way, which also tells what is
-wrong with a file.
+Four stages overlap: threads, each with a process, read files ahead; DALI decodes the batches before those; CuPy
+counts, on a stream of its own, what DALI has decoded; and the host adds up the sums of what was counted. Between the
+first two, a file's header says where it goes: DALI gets those that every decoder reads alike (`plain_jpegs`),
+together those of one number of channels. All else, and whatever DALI refuses, goes the CPU decoder's way, which also
+tells what is wrong with a file.
 
 The same class decodes with DALI's CPU decoder and counts with NumPy, so it is tested where there is no card.
 """
@@ -24,6 +24,7 @@ import numpy as np
 from gpufgbg.backends import cpu, cuda
 from gpufgbg.decoding import (
     CHUNK,
+    ONE_LOCK,
     Decoded,
     as_colour,
     batches,
@@ -34,6 +35,7 @@ from gpufgbg.decoding import (
     threads_for,
 )
 from gpufgbg.exceptions import DatasetError, DeviceError, GpufgbgWarning, printable
+from gpufgbg.helpers import Helpers
 from gpufgbg.moments import Moments
 from gpufgbg.plain_jpeg import Shape, plain_jpegs
 from gpufgbg.readers import StoredPicture
@@ -43,7 +45,7 @@ __all__ = ["DaliDecoder", "why_not"]
 _BATCH = 1024  # pictures that DALI gets at once
 _FIRST_BATCH = 64  # before anything is known of their length
 _ENCODED_BYTES, _DECODED_BYTES = 64 << 20, 256 << 20  # of a batch, at most; more only where one picture is more
-_READERS = 4  # more wait for one another: reading is short, and there is one interpreter lock
+_READERS = 8  # each with a process for it where there are so many cores
 _READ_AHEAD, _DECODE_AHEAD, _COUNT_AHEAD = 2, 3, 1  # batches
 _QUEUE = 2  # batches that DALI works on at a time
 _PATIENCE = 8  # times that DALI may fail until the rest is left to the CPU
@@ -140,10 +142,12 @@ class DaliDecoder:
 
     def decode(self, pictures: Iterable[StoredPicture]) -> Generator[Decoded, None, None]:
         """See `gpufgbg.decoding.Decoder`."""
-        with threads_for(min(_READERS, self._threads)) as readers, threads_for(self._threads) as workers:
+        reading_threads = min(_READERS, self._threads)
+        helpers = Helpers(reading_threads if reading_threads > ONE_LOCK else 0)
+        with helpers, threads_for(reading_threads) as readers, threads_for(self._threads) as workers:
 
             def read(batch: list[StoredPicture]) -> list[Future[_Readings]]:
-                return [readers.submit(_read, chunk) for chunk in _chunks(batch)]
+                return [readers.submit(_read, helpers, chunk) for chunk in _chunks(batch)]
 
             def start(part: _Part) -> _Part:
                 part.start()
@@ -402,10 +406,16 @@ class _Pipeline:
             raise _Broken(self.failure) from error
 
 
-def _read(pictures: Sequence[StoredPicture]) -> _Readings:
-    files = load(pictures)
-    shapes = plain_jpegs([b"" if isinstance(data, DatasetError) else data for data in files])
+def _read(helpers: Helpers, pictures: Sequence[StoredPicture]) -> _Readings:
+    """Pictures' bytes and shapes, read in a helper where one is ready and can have the pictures."""
+    away = pictures[0].portable
+    files, shapes = helpers.call(_inspected, pictures, len(pictures)) if away else _inspected(pictures)
     return list(zip(pictures, files, shapes, strict=True))
+
+
+def _inspected(pictures: Sequence[StoredPicture]) -> tuple[list[bytes | DatasetError], list[Shape | None]]:
+    files = load(pictures)
+    return files, plain_jpegs([b"" if isinstance(data, DatasetError) else data for data in files])
 
 
 def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from PIL import Image, UnidentifiedImageError
 
@@ -69,6 +69,12 @@ class StoredPicture(NamedTuple):
                 return self.path.removesuffix(suffix)
         below = f"/{self.path}".rpartition(f"/{KINDS[self.kind]}/")[2]
         return below.rpartition(".")[0]
+
+    @property
+    def portable(self) -> bool:
+        """Whether another process of this machine can be given it, to read it there."""
+        function = getattr(self.read, "func", None)
+        return function in (_read_file, _read_stored) or getattr(function, "__func__", None) is _File.read
 
     def load(self) -> bytes:
         """The encoded picture's bytes.
@@ -204,11 +210,15 @@ def _data_folders(root: Path, names: Iterable[str]) -> list[Path]:
 
 
 class _File:
-    """A file that any threads read parts of; closed when the last reader is gone."""
+    """A file that any threads read parts of; closed when the last reader is gone. Pickled, it is opened again."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
         self._file = path.open("rb", buffering=0)
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened, (self._path,)
 
     def read(self, start: int, size: int) -> bytes:
         """``size`` bytes, fewer at the file's end."""
@@ -221,6 +231,11 @@ class _File:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # it was never opened
             self._file.close()
+
+
+@functools.lru_cache(maxsize=16)
+def _opened(path: Path) -> _File:
+    return _File(path)
 
 
 def _archive(path: Path, kind_of: Callable[[str], str | None]) -> Iterator[StoredPicture]:

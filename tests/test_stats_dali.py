@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from conftest import smooth
 from PIL import Image
+from test_helpers import ready_helpers
 
-from gpufgbg import DatasetError, GpufgbgWarning, Moments, Recipe, decoding, generate, mean_std
+from gpufgbg import DatasetError, GpufgbgWarning, Moments, Recipe, decoding, decoding_dali, generate, mean_std
 from gpufgbg.backends import cuda
 from gpufgbg.decoding import CpuDecoder
 from gpufgbg.decoding_dali import DaliDecoder
@@ -160,8 +161,11 @@ def decoded(decoder, pictures: list[StoredPicture]) -> tuple[Moments, dict[str, 
     )
 
 
-@pytest.mark.parametrize("sink", ["tree", "zip", "tar"])
-def test_data_sets_of_ours(folders, tmp_path, used, sink):
+@pytest.mark.parametrize(("sink", "helped"), [("tree", False), ("tree", True), ("zip", False), ("tar", True)])
+def test_data_sets_of_ours(folders, tmp_path, used, sink, helped, monkeypatch):
+    if helped:
+        monkeypatch.setattr(decoding_dali, "ONE_LOCK", 1)
+        monkeypatch.setattr(decoding_dali, "Helpers", ready_helpers)
     generate(tmp_path / "set", **folders, recipe=RECIPE, sink=sink, device="cpu")
     found = statistics(tmp_path / "set", 2)
     exact = reference(tmp_path / "set")
