@@ -33,20 +33,20 @@ class _Helper:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gpufgbg.helpers", str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
             )
-        self.connection = Connection(ours.detach())
+            self.connection = Connection(ours.detach())
 
 
 class Helpers:
     """Processes that take calls from any thread; where none is ready, the thread does it itself.
 
     Nothing is started before the first ``after`` items were asked for: a process takes some tenths of a second to
-    begin. A helper that dies is not missed: its call is done here, and so are those that come after it.
+    begin. A helper that dies is not missed: its call is done here, and others take those that come after it.
 
     Parameters
     ----------
@@ -94,7 +94,11 @@ class Helpers:
             if self._all or not self._count or self._closed or self._asked <= self._after:
                 return
             for _ in range(self._count):
-                helper = _Helper()
+                try:
+                    helper = _Helper()
+                except OSError:  # too many processes, or files: what there are must do
+                    self._count = len(self._all)
+                    return
                 self._all.append(helper)
                 self._welcoming.append(threading.Thread(target=self._welcome, args=(helper,), daemon=True))
                 self._welcoming[-1].start()

@@ -128,3 +128,13 @@ def test_few_items_are_worth_no_process():
     with Helpers(1, after=0) as helpers:
         helpers.call(len, "abc", 10)
         assert not helpers._all
+
+
+def test_a_machine_that_refuses_processes(monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("gpufgbg.helpers.subprocess.Popen", refuse)
+    with Helpers(2, after=0) as helpers:
+        assert [helpers.call(len, "abc") for _ in range(3)] == [3, 3, 3]
+        assert not helpers._all
