@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpufgbg import backends
-from gpufgbg.backends.cpu import moments
+from gpufgbg.backends.cpu import Counter
 from gpufgbg.compositor import check_workers
 from gpufgbg.exceptions import DatasetError, DeviceError
 from gpufgbg.helpers import Helpers
@@ -175,17 +175,19 @@ def decode_files(pictures: Sequence[StoredPicture], files: Sequence[bytes | Data
     """Decode pictures of one kind, one by one, on the CPU."""
     forms: list[Form | None] = []
     batch = Decoded(list(pictures), forms)
+    counter = Counter(len(mode_of(batch.kind)))
     for picture, data in zip(pictures, files, strict=True):
         form = None
         try:
             if isinstance(data, DatasetError):
                 raise data
             pixels, form = decode_picture(picture, data)
-            batch.moments += moments(pixels[None])
+            counter.add(pixels)
             batch.size_bytes += len(data)
         except DatasetError as error:
             batch.faults.append(str(error))
         forms.append(form)
+    batch.moments = counter.moments
     return batch
 
 

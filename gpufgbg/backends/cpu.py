@@ -6,7 +6,6 @@ chunk of samples each. Twins: ``kernels/composite.cu``, ``kernels/blend.cuh``. J
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from gpufgbg.recipe import Placements, Recipe
 if TYPE_CHECKING:
     from gpufgbg.blend import Blend
 
-__all__ = ["CpuBackend", "encode_jpeg", "moments", "reconstruct_jpeg"]
+__all__ = ["Counter", "CpuBackend", "encode_jpeg", "moments", "reconstruct_jpeg"]
 
 _TABLE_BYTES = 128 << 20  # tables of more foregrounds than fit are made again for every chunk
 _PIXEL_BYTES = 10  # of a foreground's pixel in the tables
@@ -175,13 +174,33 @@ def _count(values, sums):  # type: ignore[no-untyped-def]
             runs = 0
 
 
+class Counter:
+    """Adds up moments of pictures one after the other, of one number of channels."""
+
+    def __init__(self, channels: int) -> None:
+        self._sums = np.zeros((2, channels), np.int64)
+        self._images = self._pixels = 0
+
+    def add(self, pictures: npt.NDArray[np.uint8], images: int = 1) -> None:
+        """So many more pictures, in one array of any shape, pixel by pixel; without the interpreter's lock."""
+        values = np.ascontiguousarray(pictures).reshape(-1)
+        _count(values, self._sums)
+        self._images += images
+        self._pixels += values.size // self._sums.shape[1]
+
+    @property
+    def moments(self) -> Moments:
+        """Of all so far; empty without any."""
+        if not self._images:
+            return Moments()
+        return Moments(self._images, self._pixels, tuple(self._sums[0].tolist()), tuple(self._sums[1].tolist()))
+
+
 def moments(pictures: npt.NDArray[np.uint8]) -> Moments:
     """Moments of pictures (N, H, W) or (N, H, W, C), uint8, without the interpreter's lock."""
-    channels = pictures.shape[3] if pictures.ndim == 4 else 1
-    count, pixels = len(pictures), math.prod(pictures.shape[:3])
-    sums = np.zeros((2, channels), np.int64)
-    _count(np.ascontiguousarray(pictures).reshape(-1), sums)
-    return Moments(count, pixels, tuple(sums[0].tolist()), tuple(sums[1].tolist()))
+    counter = Counter(pictures.shape[3] if pictures.ndim == 4 else 1)
+    counter.add(pictures, len(pictures))
+    return counter.moments
 
 
 def encode_jpeg(pictures: npt.NDArray[np.uint8], quality: int, subsampling: str, optimize: bool) -> list[bytes]:
