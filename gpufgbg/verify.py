@@ -111,9 +111,11 @@ def verify(
             f"{printable(manifest.out)}"
         )
     elif not content["complete"]:
-        report.faults.append(
-            f"{printable(manifest.out)}: incomplete: {report.samples:,} of {len(plan):,} samples are there"
-        )
+        there = sum(len(part) for part in merged([record.shard for record in manifest.records()]))
+        fault = f"incomplete: {max(there, report.samples):,} of {len(plan):,} samples are there"
+        if there > report.samples:
+            fault += f", {report.samples:,} of them in dataset.json: a run did not end; the same command continues it"
+        report.faults.append(f"{printable(manifest.out)}: {fault}")
     chosen = _chosen(done, rerender)
 
     def checked() -> Iterator[StoredPicture]:

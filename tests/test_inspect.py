@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tarfile
 import zipfile
@@ -13,7 +14,7 @@ import pytest
 from conftest import smooth
 from PIL import Image
 
-from gpufgbg import Moments, Recipe, decoding, generate
+from gpufgbg import Interrupted, Moments, Recipe, decoding, generate
 from gpufgbg.report import format_bytes
 from gpufgbg.statistics import statistics
 
@@ -275,6 +276,21 @@ def test_verify_says_that_a_set_is_incomplete(folders, tmp_path, run):
     generate(tmp_path / "part", **folders, recipe=SMALL, samples=(0, 20))
     code, printed, _ = run("verify", tmp_path / "part")
     assert code == 1 and "incomplete: 20 of 48 samples" in printed
+
+
+def test_verify_counts_what_an_ended_run_left(folders, tmp_path, run, monkeypatch):
+    monkeypatch.setattr("gpufgbg.recipe._SHARD_SAMPLES", 7)
+
+    def stop(done: int, total: int) -> None:
+        if done > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as told:
+        generate(tmp_path / "part", **folders, recipe=SMALL, workers=1, batch_size=2, progress=stop)
+    safe = int(re.search(r"(\d+) of 48 samples are safe", str(told.value))[1])
+    code, printed, _ = run("verify", tmp_path / "part")
+    assert code == 1 and safe
+    assert f"incomplete: {safe} of 48 samples are there, 0 of them in dataset.json: a run did not end" in printed
 
 
 @pytest.mark.parametrize(("rerender", "message"), [("-1", "expected 0 or more"), ("x", "whole number")])
