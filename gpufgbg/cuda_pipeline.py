@@ -13,8 +13,6 @@ from __future__ import annotations
 import mmap
 import os
 import queue
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +28,7 @@ import numpy as np
 
 from gpufgbg.backends import PendingMoments
 from gpufgbg.backends.cuda import CudaBackend, CudaJpeg, PendingSums, start_moments
+from gpufgbg.children import Child
 from gpufgbg.depth.options import DEPTH_JPEG
 from gpufgbg.exceptions import DeviceError
 from gpufgbg.labels import LabelJob
@@ -392,18 +391,11 @@ class _Ring:
         os.close(self.descriptor)
 
 
-class _Writer:
+class _Writer(Child):
     """The parent's side of a writer process."""
 
     def __init__(self, setup: tuple[Any, ...], memory: int) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gpufgbg.writer", str(theirs.fileno()), str(memory), str(os.getpid())],
-                pass_fds=(theirs.fileno(), memory),
-                stdin=subprocess.DEVNULL,
-            )
-        self.connection = Connection(ours.detach())
+        super().__init__([sys.executable, "-m", "gpufgbg.writer"], [memory], [memory])
         self.shard: Shard | None = None
         self.moments: dict[str, Moments] = {}
         self.send(setup)

@@ -11,35 +11,19 @@ import contextlib
 import os
 import pickle
 import queue
-import signal
-import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import TypeVar
 
-from gpufgbg.orphans import end_with_parent
+from gpufgbg.children import Child, parent_of
 
 __all__ = ["Helpers"]
 
 _Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")
 
-
-class _Helper:
-    """This process's side of a helper."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gpufgbg.helpers", str(theirs.fileno()), str(os.getpid())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-            )
-            self.connection = Connection(ours.detach())
+_COMMAND = (sys.executable, "-m", "gpufgbg.helpers")
 
 
 class Helpers:
@@ -61,9 +45,9 @@ class Helpers:
         self._after = after
         self._asked = 0
         self._lock = threading.Lock()
-        self._all: list[_Helper] = []
+        self._all: list[Child] = []
         self._welcoming: list[threading.Thread] = []
-        self._ready: queue.SimpleQueue[_Helper] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Child] = queue.SimpleQueue()
         self._closed = False
 
     def call(self, function: Callable[[_Argument], _Result], argument: _Argument, items: int = 1) -> _Result:
@@ -95,7 +79,7 @@ class Helpers:
                 return
             for _ in range(self._count):
                 try:
-                    helper = _Helper()
+                    helper = Child(_COMMAND)
                 except OSError:  # too many processes, or files: what there are must do
                     self._count = len(self._all)
                     return
@@ -103,7 +87,7 @@ class Helpers:
                 self._welcoming.append(threading.Thread(target=self._welcome, args=(helper,), daemon=True))
                 self._welcoming[-1].start()
 
-    def _welcome(self, helper: _Helper) -> None:
+    def _welcome(self, helper: Child) -> None:
         with contextlib.suppress(EOFError, OSError):
             helper.connection.recv()
             self._ready.put(helper)
@@ -128,10 +112,8 @@ class Helpers:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve one parent: the file descriptor of the socket, and the parent's process number."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    end_with_parent(int(arguments[1]))
-    connection = Connection(int(arguments[0]))
+    """Serve one parent: `children.parent_of`'s arguments."""
+    connection = parent_of(*arguments)
     import gpufgbg.decoding  # noqa: F401  # before the first call waits for it
 
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone

@@ -17,25 +17,22 @@ from __future__ import annotations
 
 import itertools
 import mmap
-import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from gpufgbg.orphans import end_with_parent
+from gpufgbg.children import parent_of
 
 __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> int:
-    """Serve one parent: file descriptors of the socket and of the memory, and the parent's process number."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    end_with_parent(int(arguments[2]))
-    connection = Connection(int(arguments[0]))
+    """Serve one parent: `children.parent_of`'s arguments, and the file descriptor of the memory."""
+    connection = parent_of(*arguments[:2])
     try:
-        _serve(connection, memoryview(mmap.mmap(int(arguments[1]), 0)))
+        _serve(connection, memoryview(mmap.mmap(int(arguments[2]), 0)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 1  # the parent is gone
     except OSError as error:

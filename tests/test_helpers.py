@@ -134,7 +134,7 @@ def test_a_machine_that_refuses_processes(monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("gpufgbg.helpers.subprocess.Popen", refuse)
+    monkeypatch.setattr("gpufgbg.children.subprocess.Popen", refuse)
     with Helpers(2, after=0) as helpers:
         assert [helpers.call(len, "abc") for _ in range(3)] == [3, 3, 3]
         assert not helpers._all

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +10,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from gpufgbg.children import Child
 from gpufgbg.scaleout.driver import Member
 from gpufgbg.scaleout.worker import Job
 
@@ -22,17 +20,10 @@ __all__ = ["ProcessCrew"]
 COMMAND = (sys.executable, "-m", "gpufgbg.scaleout.worker")
 
 
-class _Link:
+class _Link(Child):
     def __init__(self, device: str, job: int) -> None:
         self.device = device
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [*COMMAND, str(theirs.fileno()), str(job), device, str(os.getpid())],
-                pass_fds=(theirs.fileno(), job),
-                stdin=subprocess.DEVNULL,
-            )
-        self.connection = Connection(ours.detach())
+        super().__init__(COMMAND, [job, device], [job])
 
 
 class ProcessCrew:

@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import mmap
 import pickle
-import signal
 import socket
 import sys
 import tempfile
@@ -31,17 +30,16 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpufgbg import exceptions, sinks
+from gpufgbg.children import parent_of
 from gpufgbg.compositor import Compositor
 from gpufgbg.depth.options import DEMO
 from gpufgbg.exceptions import DatasetError, GpufgbgError, GpufgbgWarning, printable
 from gpufgbg.files import remove_tree
 from gpufgbg.layout import SAMPLE_KINDS
-from gpufgbg.orphans import end_with_parent
 from gpufgbg.remote.store import RemotePath
 
 if TYPE_CHECKING:
@@ -249,13 +247,11 @@ def _warnings_sent(link: _Link) -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve a driver of this machine: descriptors of its socket and of the pickled job, the device, its number."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
-    end_with_parent(int(arguments[3]))
-    descriptor = int(arguments[1])
-    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as memory:
+    """Serve a driver of this machine: `children.parent_of`'s arguments, the pickled job's descriptor, the device."""
+    connection = parent_of(*arguments[:2])
+    with mmap.mmap(int(arguments[2]), 0, access=mmap.ACCESS_READ) as memory:
         job = pickle.loads(memory)
-    serve(Connection(int(arguments[0])), job, arguments[2])
+    serve(connection, job, arguments[3])
     return 0
 
 

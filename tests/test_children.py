@@ -1,4 +1,4 @@
-"""Helper processes end with the process that started them, also where that is killed and they have much in hand."""
+"""Child processes end with the process that started them, also where that is killed and they have much in hand."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def test_the_parent_is_killed(program, tmp_path):
 
 
 def test_the_parent_is_gone_before(tmp_path):
-    program = (
-        "import sys; from gpufgbg.orphans import end_with_parent; end_with_parent(int(sys.argv[1])); print('lives')"
-    )
+    program = "import sys; from gpufgbg.children import parent_of; parent_of('0', sys.argv[1]); print('lives')"
     for parent, expected in ((os.getpid(), "lives"), (2**22 - 1, "")):
         done = subprocess.run(
             [sys.executable, "-c", program, str(parent)], capture_output=True, text=True, timeout=60

@@ -1,0 +1,74 @@
+"""Child processes with a socket to each, which don't outlive the process that started them, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+__all__ = ["Child", "parent_of"]
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Child:
+    """A process, and this process's end of the socket to it.
+
+    Parameters
+    ----------
+    command : sequence of str
+        What to run; the numbers of its socket and of this process are added, and then ``arguments``. It calls
+        `parent_of` with them.
+    arguments : sequence of str or int
+    descriptors : sequence of int
+        Open files that it inherits under their numbers.
+
+    Attributes
+    ----------
+    process : Popen
+    connection : Connection
+        The caller closes it.
+
+    Raises
+    ------
+    OSError
+        The system refuses another process.
+    """
+
+    def __init__(
+        self, command: Sequence[str], arguments: Sequence[str | int] = (), descriptors: Sequence[int] = ()
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self.process = subprocess.Popen(
+                [*command, *map(str, (theirs.fileno(), os.getpid(), *arguments))],
+                pass_fds=(theirs.fileno(), *descriptors),
+                stdin=subprocess.DEVNULL,
+            )
+            self.connection = Connection(ours.detach())
+
+
+def parent_of(descriptor: str, parent: str) -> Connection:
+    """In a child: its end of the socket. From here on Ctrl-C is the parent's affair, and the child ends with it.
+
+    A child that went on with what it was given would write where its parent's successor writes by then. On Linux the
+    kernel kills it when the thread ends that started it, so also when the parent is killed; elsewhere it ends when it
+    next reads from the socket.
+
+    Parameters
+    ----------
+    descriptor, parent : str
+        The first two arguments behind the command.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(parent):  # it was gone before
+            os._exit(1)
+    return Connection(int(descriptor))
