@@ -7,9 +7,9 @@
 // so that no compiler joins them into a fused multiply-add. fp16 and bf16 are that, rounded to nearest even.
 //
 // Shape of the work: memory is the limit. A thread writes vectors of 16 bytes, consecutive lanes consecutive ones,
-// streaming (__stcs): kept in the L2 cache until it is full, they left it 2.6 times as slowly on an H200. Plane by
-// plane a vector has as many pixels, whose bytes are read as words; pixel by pixel it has as many bytes, and its
-// first is of any channel. Where a picture's pixels or an address don't allow vectors, a thread takes one pixel.
+// streaming (__stcs): kept in the L2 cache, they made that the limit. Plane by plane a vector has as many pixels,
+// whose bytes are read as words; pixel by pixel it has as many bytes, and its first is of any channel. Where a
+// picture's pixels or an address don't allow vectors, a thread takes one pixel.
 #include <stdint.h>
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>

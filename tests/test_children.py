@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
 
 WRITER = """
-import os, socket, sys, time
+import os, sys, time
 from pathlib import Path
 import numpy as np
 from gpufgbg import Plan, Recipe
@@ -34,7 +35,6 @@ time.sleep(60)
 WORKER = """
 import sys, time
 from pathlib import Path
-import numpy as np
 from gpufgbg import Recipe, prepare
 from gpufgbg.sample_assets import write_sample_assets
 from gpufgbg.scaleout.processes import ProcessCrew
@@ -79,8 +79,10 @@ def test_the_parent_is_killed(program, tmp_path):
             assert lives(child)
         finally:
             parent.kill()
-            parent.communicate()
-    assert wait_until(lambda: not lives(child))
+    left = not wait_until(lambda: not lives(child))
+    if left:
+        os.kill(child, signal.SIGKILL)
+    assert not left
 
 
 def test_the_parent_is_gone_before(tmp_path):

@@ -145,9 +145,8 @@ def _render(  # type: ignore[no-untyped-def]
             _add_lanes(sums, plus, square)
 
 
-_LANES = (
-    128  # pixels side by side that are counted together: their sums stay in the cache, and compilers vectorise it
-)
+# Pixels side by side that are counted together: their sums stay in the cache, and compilers vectorise the loop.
+_LANES = 128
 _RUNS = (2**32 - 1) // 255**2  # squares of bytes that a lane of 32 bits holds
 
 
