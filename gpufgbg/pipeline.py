@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from gpufgbg.depth.model import DepthModel
     from gpufgbg.depth.sources import NetworkSource
     from gpufgbg.scaleout.driver import Driver
+    from gpufgbg.scaleout.processes import ProcessCrew
 
 __all__ = ["GenerateReport", "add_depth", "generate"]
 
@@ -195,6 +196,8 @@ def generate(
     with run.guarded():
         manifest.check_free()
         content = manifest.read()
+        if run.devices and (content is None or not content["complete"]):
+            run.processes()
         described: dict[str, Any] = {"recipe": recipe.to_dict(), "sink": sink, "depth": None}
         if not labels:
             described["labels"] = False
@@ -274,6 +277,8 @@ def add_depth(
             )
         described = run.open_network(options, recipe)
         _check_same_depth(manifest, content, described)
+        if run.devices and (content.get("depth") is None or not content["complete"]):
+            run.processes()
         with manifest.locked():
             unpack_segments(manifest, [r for r in manifest.records() if "depth" not in r.moments])
         assets = load_assets(manifest.out, content)
@@ -318,6 +323,7 @@ class _Run:
         self._start = self._mark = time.perf_counter()
         self._options: DepthOptions | None = None
         self._network: NetworkSource | None = None
+        self._crew: ProcessCrew | None = None
         self._scope: list[Shard] = []
 
     def lap(self, phase: str) -> None:
@@ -325,9 +331,23 @@ class _Run:
         now = time.perf_counter()
         self.timeline[phase], self._mark = now - self._mark, now
 
-    def guarded(self) -> AbstractContextManager[None]:
-        """What the file system refuses becomes one line that says what is safe."""
-        return storage_errors(self.manifest.out, self._safe)
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What the file system refuses becomes one line that says what is safe; no process is left in the end."""
+        with storage_errors(self.manifest.out, self._safe):
+            try:
+                yield
+            finally:
+                if self._crew is not None:
+                    self._crew.close()
+
+    def processes(self) -> ProcessCrew:
+        """Those of several devices: they start, which takes seconds, beside what comes before their work."""
+        from gpufgbg.scaleout.processes import ProcessCrew
+
+        if self._crew is None:
+            self._crew = ProcessCrew(self.devices)
+        return self._crew
 
     def _safe(self) -> str:
         if not self._scope or not self.manifest.started:
@@ -386,7 +406,6 @@ class _Run:
         """The driver of workers on several devices or machines; ``held`` ends them."""
         from gpufgbg.scaleout.cluster import RayCrew, connected
         from gpufgbg.scaleout.driver import Crew, Driver
-        from gpufgbg.scaleout.processes import ProcessCrew
         from gpufgbg.scaleout.worker import Job
 
         out, options = self.manifest.out, self._options
@@ -396,7 +415,8 @@ class _Run:
         job = Job(compositor.assets, compositor.recipe, sink, out, workers, self.batch_size, options)
         crew: Crew
         if self.ray is None:
-            crew = ProcessCrew(job, self.devices)
+            crew = self.processes()
+            crew.take(job)
         else:
             held.enter_context(connected(self.ray))
             crew = RayCrew(job.carrying_weights())

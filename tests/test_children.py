@@ -43,7 +43,8 @@ from gpufgbg.scaleout.worker import Job
 out = Path(sys.argv[1])
 recipe = Recipe()
 assets = prepare(*write_sample_assets(out / "assets", 1, 1), recipe=recipe)
-crew = ProcessCrew(Job(assets, recipe, "tar", out, 1), ["cpu"])
+crew = ProcessCrew(["cpu"])
+crew.take(Job(assets, recipe, "tar", out, 1))
 (member,) = crew.start()
 assert crew.wait(60)[0][1][0] == "ready"
 member.link.process.send_signal(19)  # stopped: it would not hear of the driver's end

@@ -96,6 +96,18 @@ def select(device: str, assets: Assets, recipe: Recipe, blend: Blend | None = No
     return CpuBackend(assets, recipe, blend)
 
 
+def warm(device: str) -> None:
+    """Load what a backend for ``device`` needs whatever its assets are; what is amiss is `select`'s to tell."""
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        from gpufgbg.backends import cpu  # noqa: F401  # Numba, and the compiled functions in its cache
+
+        return
+    from gpufgbg.backends import cuda
+
+    cuda.warm(int(number or 0))
+
+
 def why_cpu(device: str) -> str | None:
     """Why ``auto`` means the CPU on this machine; None where it does not, or where another device is named."""
     if check_device(device) != "auto":

@@ -69,6 +69,15 @@ def count_devices() -> int:
     return int(cupy.cuda.runtime.getDeviceCount())
 
 
+def warm(index: int) -> None:
+    """Load CuPy and make the context on CUDA device ``index``, where it can be used."""
+    if why_not(index) is None:
+        import cupy
+
+        with cupy.cuda.Device(index):
+            cupy.cuda.runtime.free(0)
+
+
 def _fatbin(stem: str) -> Path:
     return Path(str(resources.files("gpufgbg") / "_kernels" / f"{stem}.fatbin"))
 

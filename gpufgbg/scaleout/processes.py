@@ -18,6 +18,7 @@ __all__ = ["ProcessCrew"]
 
 #: what runs a worker
 COMMAND = (sys.executable, "-m", "gpufgbg.scaleout.worker")
+_TAKE = "take the job"
 
 
 class _Link(Child):
@@ -29,24 +30,38 @@ class _Link(Child):
 class ProcessCrew:
     """A process for each of ``devices``; one that is lost is replaced.
 
+    The processes start at once and load what they need for any job, while the caller prepares theirs.
+
     Parameters
     ----------
-    job : Job
-        Kept in a file without a name that all processes read.
     devices : sequence of str
         Such as ``cuda:0``; one may be named several times.
+
+    Raises
+    ------
+    OSError
+        The system refuses another process.
     """
 
-    def __init__(self, job: Job, devices: Sequence[str]) -> None:
-        self._devices = devices
+    def __init__(self, devices: Sequence[str]) -> None:
         self._job = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close
+        self._open: dict[Connection, Member] = {}
+        try:
+            self._early = [self._start(device) for device in devices]
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self, job: Job) -> None:
+        """What is to be done; kept in a file without a name that all processes read. Before `start`."""
         pickle.dump(job, self._job)
         self._job.flush()
-        self._open: dict[Connection, Member] = {}
 
     def start(self) -> list[Member]:
-        """Start all processes."""
-        return [self._start(device) for device in self._devices]
+        """Set all processes to the job."""
+        for member in self._early:
+            self.send(member, _TAKE)
+        return self._early
 
     def _start(self, device: str) -> Member:
         link = _Link(device, self._job.fileno())
@@ -80,7 +95,9 @@ class ProcessCrew:
 
     def replace(self, member: Member) -> Member:
         """Start another process on the device."""
-        return self._start(member.link.device)
+        other = self._start(member.link.device)
+        self.send(other, _TAKE)
+        return other
 
     def close(self) -> None:
         """Kill all processes."""

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gpufgbg import exceptions, sinks
+from gpufgbg.backends import warm
 from gpufgbg.children import parent_of
 from gpufgbg.compositor import Compositor
 from gpufgbg.depth.options import DEMO
@@ -249,6 +250,12 @@ def _warnings_sent(link: _Link) -> Iterator[None]:
 def main(arguments: list[str]) -> int:
     """Serve a driver of this machine: `children.parent_of`'s arguments, the pickled job's descriptor, the device."""
     connection = parent_of(*arguments[:2])
+    with contextlib.suppress(Exception):  # `serve` meets it again, and tells the driver
+        warm(arguments[3])
+    try:
+        connection.recv()  # the job is there
+    except (EOFError, OSError):
+        return 0  # there is nothing to do
     with mmap.mmap(int(arguments[2]), 0, access=mmap.ACCESS_READ) as memory:
         job = pickle.loads(memory)
     serve(connection, job, arguments[3])
