@@ -23,7 +23,7 @@ from gpufgbg.compositor import check_workers
 from gpufgbg.exceptions import DatasetError, DeviceError
 from gpufgbg.helpers import Helpers
 from gpufgbg.moments import Moments
-from gpufgbg.pictures import has_end
+from gpufgbg.pictures import PictureError, eight_bit, has_end
 from gpufgbg.readers import StoredPicture, decode_bytes
 
 __all__ = ["CpuDecoder", "Decoded", "Decoder", "Form", "select"]
@@ -135,12 +135,12 @@ def decode_picture(picture: StoredPicture, data: bytes) -> tuple[npt.NDArray[np.
     """Pixels (H, W, 3) or (H, W), as the picture's kind is, and the form, on the CPU.
 
     JPEG goes through the decoder that Pillow uses, without its lock; other files, and JPEG of another mode, through
-    Pillow.
+    Pillow. 16-bit pictures count with their upper byte.
 
     Raises
     ------
     DatasetError
-        It can't be decoded, or is a JPEG file without an end: decoders make up what is missing.
+        It can't be decoded, has pixels of 32 bits, or is a JPEG file without an end: decoders make up what is missing.
     """
     wanted = mode_of(picture.kind)
     if data[:2] == _JPEG:
@@ -154,6 +154,11 @@ def decode_picture(picture: StoredPicture, data: bytes) -> tuple[npt.NDArray[np.
             return pixels, (pixels.shape[1], pixels.shape[0], wanted, "JPEG")
     image = decode_bytes(picture.name, data)
     form = (image.width, image.height, image.mode, image.format or "")
+    if image.mode[0] in "IF":  # 16 bits and more, which `convert` would cut off at 255
+        try:
+            image = eight_bit(image, data)
+        except PictureError as error:
+            raise DatasetError(f"{picture.name}: {error}") from None
     return np.asarray(image.convert(wanted)), form
 
 

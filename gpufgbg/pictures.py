@@ -240,7 +240,7 @@ def _decode(path: Path, opened: Image.Image, data: bytes, found: str) -> Picture
     method = _UPRIGHT.get(orientation)
     if found == "TIFF":
         _check_tiff(opened)
-    image = _eight_bit(opened, data)
+    image = eight_bit(opened, data)
     image = image.copy() if method is None else image.transpose(method)
     image.info = {}  # nothing of the source's metadata goes into what is saved
     as_is = method is None and frames == 1 and opened.mode == image.mode
@@ -260,12 +260,15 @@ def _check_tiff(opened: Image.Image) -> None:
         raise PictureError(f"{odd}: expected 8 or 16 bits a channel, unsigned, black as zero; convert it")
 
 
-def _eight_bit(image: Image.Image, data: bytes) -> Image.Image:
-    """Any mode as L, RGB or RGBA; 16-bit samples keep their upper byte, as Pillow does for 16-bit RGB."""
+def eight_bit(image: Image.Image, data: bytes) -> Image.Image:
+    """Any mode as L, RGB or RGBA; 16-bit samples keep their upper byte, as Pillow does for 16-bit RGB.
+
+    ``data`` is the file. Raises `PictureError` of 32-bit and floating-point pixels.
+    """
     mode = image.mode
     keyed = image.info.pop("transparency", None) if mode != "P" else None
     if keyed is not None:
-        coloured = _eight_bit(image, data).convert("RGB")
+        coloured = eight_bit(image, data).convert("RGB")
         coloured.putalpha(Image.fromarray(_keyed_alpha(data)))
         return coloured
     if mode.startswith("I;16"):

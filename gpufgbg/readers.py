@@ -92,9 +92,15 @@ class StoredPicture(NamedTuple):
             raise DatasetError(f"{self.name}: can't be read: {error}") from None
 
 
+def _is_hidden(path: str) -> bool:
+    """Whether a path in an archive is a system's own, as macOS writes them (``._NAME``, ``__MACOSX/``), or hidden."""
+    path = "/" + path.removeprefix("./")
+    return "/." in path or "/__MACOSX/" in path
+
+
 def kind_of(path: str) -> str | None:
     """The kind of picture that a path in a data set names, or None."""
-    if not path.lower().endswith(_ENDINGS):
+    if not path.lower().endswith(_ENDINGS) or _is_hidden(path):
         return None
     for suffix, kind in _KIND_OF_SUFFIX.items():
         if path.endswith(suffix):
@@ -106,7 +112,8 @@ def kind_of(path: str) -> str | None:
 
 
 def _is_labels(path: str) -> str | None:
-    return _LABELS if path.endswith(".txt") and _LABELS in path.split("/")[:-1] else None
+    found = path.endswith(".txt") and _LABELS in path.split("/")[:-1] and not _is_hidden(path)
+    return _LABELS if found else None
 
 
 def scan(path: str | os.PathLike[str]) -> Iterator[StoredPicture]:
@@ -172,8 +179,14 @@ def _tree(root: Path, folders: dict[str, str]) -> Iterator[StoredPicture]:
     for folder in sorted(_data_folders(root, folders)):
         kind = folders[folder.name]
         place = os.path.join(folder.parent, "")  # noqa: PTH118  # with the separator
-        for parent, subfolders, names in os.walk(folder, onerror=_refused):
-            subfolders.sort()
+        met: set[str] = set()  # links may lead round in a circle
+        for parent, subfolders, names in os.walk(folder, onerror=_refused, followlinks=True):
+            real = os.path.realpath(parent)
+            if real in met:
+                subfolders.clear()
+                continue
+            met.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not _is_hidden(f"{name}/"))
             below = os.path.relpath(parent, folder.parent).replace(os.sep, "/")
             for name in sorted(names):
                 if (kind == _LABELS or name.lower().endswith(_ENDINGS)) and not name.startswith("."):

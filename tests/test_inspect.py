@@ -14,7 +14,7 @@ import pytest
 from conftest import smooth
 from PIL import Image
 
-from gpufgbg import Interrupted, Moments, Recipe, decoding, generate
+from gpufgbg import Interrupted, Moments, Recipe, decoding, generate, mean_std
 from gpufgbg.report import format_bytes
 from gpufgbg.statistics import statistics
 
@@ -99,6 +99,19 @@ def test_statistics_of_a_data_set_that_we_did_not_make(tmp_path, run):
     assert code == 0 and "depth map" in printed and "fg_bg_depth/" in printed
     code, _, error = run("stats", tmp_path / "b.tar.gz")
     assert code == 2 and "compressed" in error
+
+
+def test_pictures_of_sixteen_bits(tmp_path, run):
+    deep = np.random.default_rng(0).integers(0, 65536, (2, 20, 30), dtype=np.uint16)
+    folder = tmp_path / "fg_bg_depth"
+    folder.mkdir()
+    for n, pixels in enumerate(deep):
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+    expected = Moments.of((deep >> 8).astype(np.uint8))
+    assert statistics(tmp_path, device="cpu")["depth"].moments == expected == mean_std(folder)
+    Image.fromarray(deep[0].astype(np.float32)).save(folder / "3.tiff")
+    code, _, error = run("stats", tmp_path)
+    assert code == 2 and "fg_bg_depth/3.tiff: floating-point pixels: expected 8 or 16 bits" in error
 
 
 def test_stats_prints_the_originals_table(sets, run):

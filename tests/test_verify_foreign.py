@@ -74,6 +74,39 @@ def test_a_whole_set_has_no_fault(download, run, form):
     assert printed == "8 samples, 34 files read, 0 samples rendered again, 30 pictures decoded: no faults\n"
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_system_adds_is_passed_over(download, run, form):
+    """macOS writes ``._NAME`` beside each file of an archive, file managers keep thumbnails in hidden folders."""
+    for place in ("fg_bg/bg_00/._x.jpg", "fg_bg/bg_00/.thumbs/x.jpg", "labels/._bg_00_label_info.txt", "bg/.x.jpg"):
+        (download / place).parent.mkdir(exist_ok=True)
+        (download / place).write_bytes(b"litter")
+    shutil.copytree(download / "bg", download.parent / "__MACOSX" / "bg")
+    (download.parent / "__MACOSX" / "bg" / "bg_00.jpg").write_bytes(b"litter")
+    path = packed(download, form)
+    if form == "stored":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.write(download.parent / "__MACOSX" / "bg" / "bg_00.jpg", "__MACOSX/bg/bg_00.jpg")
+    (download.parent / "__MACOSX").rename(download.parent / "mac")
+    if form == "below":
+        shutil.rmtree(download.parent / "mac")
+    assert run("verify", path, "--device", "cpu")[1].startswith("8 samples, 34 files read")
+    assert run("stats", path, "--device", "cpu")[0] == 0
+
+
+def test_members_of_a_tar_of_the_folder_itself(download):
+    with tarfile.open(download.parent / "dot.tar", "w") as archive:
+        archive.add(download, ".")  # as tar names them: ./fg_bg/...
+    assert verify(download.parent / "dot.tar", device="cpu").files == 34
+
+
+def test_linked_folders_are_read_once(download):
+    (download / "fg_bg" / "bg_00").rename(download.parent / "elsewhere")
+    (download / "fg_bg" / "bg_00").symlink_to(download.parent / "elsewhere", target_is_directory=True)
+    (download / "fg_bg" / "bg_01" / "circle").symlink_to(download / "fg_bg", target_is_directory=True)
+    report = verify(download, device="cpu")
+    assert report.samples == 8 and not report.faults
+
+
 def test_progress_counts_composites(download):
     seen: list[tuple[int, int]] = []
     verify(download, device="cpu", progress=lambda done, total: seen.append((done, total)))
