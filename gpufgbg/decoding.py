@@ -140,7 +140,7 @@ def decode_picture(picture: StoredPicture, data: bytes) -> tuple[npt.NDArray[np.
     Raises
     ------
     DatasetError
-        It can't be decoded, has pixels of 32 bits, or is a JPEG file without an end: decoders make up what is missing.
+        It can't be decoded, has pixels of 32 bits, or is a JPEG file without an end: decoders make up what lacks.
     """
     wanted = mode_of(picture.kind)
     if data[:2] == _JPEG:

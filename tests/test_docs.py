@@ -25,6 +25,24 @@ SAMPLES = 400_000  # of the data sets that the pages speak of
 COUNT = 3  # pictures of a kind here
 
 
+def test_figures_of_the_stream_are_those_of_its_table():
+    table = (pages.ROOT / "bench" / "results" / "h200_stream.md").read_text()
+    rows = dict(re.findall(r"^\| (.+?) \| ([^|]+?) \|", table, re.MULTILINE))
+    rate = {
+        what: [
+            f"{int(rows[f'feed: {what}, batch {batch}'].split()[0].replace(',', '')) / 1e6:.1f}"
+            for batch in ("512", "4,096")
+        ]
+        for what in ("uint8 NHWC, shuffled, new arrays", "float16 NCHW, normalised, shuffled")
+    }
+    training, blend = ((pages.ROOT / "docs" / f"{name}.md").read_text() for name in ("training", "blend"))
+    assert "{} to {} million shuffled uint8 samples".format(*rate["uint8 NHWC, shuffled, new arrays"]) in training
+    assert "{} to {} million as\nnormalised float16".format(*rate["float16 NCHW, normalised, shuffled"]) in training
+    assert f"spends {rows['U-Net: waiting and rendering, of the time of a step']} of its time" in training
+    times = [re.search(rf"blend: {name}, .*\| ([\d.]+) times", table)[1] for name in ("feather", "multiply")]
+    assert "a feathered edge and a multiply take {} and {} times".format(*times) in blend
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """photos/, cutouts/, masks/, original/ and model.onnx."""
