@@ -321,7 +321,7 @@ def prepare_sources(sources: Sources, recipe: Recipe, workers: int = 1) -> Asset
         warnings.warn(note, GpufgbgWarning, stacklevel=2)
     masks: Sequence[Path | None] = sources.masks or [None] * len(sources.foregrounds)
     pairs = list(zip(sources.foregrounds, masks, strict=True))
-    with quiet_decoding(), ThreadPoolExecutor(max(1, workers)) as pool:
+    with quiet_decoding, ThreadPoolExecutor(max(1, workers)) as pool:
         behind = list(pool.map(lambda path: _background(path, recipe), sources.backgrounds))
         before = list(pool.map(lambda pair: _foreground(pair[0], pair[1], recipe), pairs))
     raise_all([p for _, problems, _ in (*behind, *before) for p in problems])

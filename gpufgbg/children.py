@@ -7,10 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-__all__ = ["Child", "parent_of"]
+from gpufgbg.exceptions import GpufgbgError
+
+__all__ = ["Child", "parent_of", "portable_error"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -51,6 +54,12 @@ class Child:
             )
             self.connection = Connection(ours.detach())
 
+    def end(self) -> None:
+        """Kill the process, wait for its end and close the connection; it may have ended, and be called twice."""
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
 
 def parent_of(descriptor: str, parent: str) -> Connection:
     """In a child: its end of the socket. From here on Ctrl-C is the parent's affair, and the child ends with it.
@@ -72,3 +81,14 @@ def parent_of(descriptor: str, parent: str) -> Connection:
         if os.getppid() != int(parent):  # it was gone before
             os._exit(1)
     return Connection(int(descriptor))
+
+
+def portable_error(error: BaseException, where: str) -> Exception:
+    """An error as another process can be sent it, to raise it there: ours and the system's as they are.
+
+    Of any other, whose class may not be there or not travel, the text of its traceback in a `RuntimeError`; ``where``
+    says what failed, such as ``"a worker"``.
+    """
+    if isinstance(error, GpufgbgError) or (isinstance(error, OSError) and error.errno is not None):
+        return error
+    return RuntimeError(f"{where} failed:\n{''.join(traceback.format_exception(error))}")

@@ -13,10 +13,11 @@ import math
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -40,7 +41,7 @@ from gpufgbg.exceptions import (
     printable,
 )
 from gpufgbg.recipe import FLIPS, SUBSAMPLINGS, Recipe
-from gpufgbg.urls import is_url
+from gpufgbg.urls import is_url, local_path
 
 if TYPE_CHECKING:
     from gpufgbg.pipeline import GenerateReport
@@ -546,7 +547,7 @@ def _depth(options: argparse.Namespace) -> int:
         return 0
     if options.frame is not None:
         raise OptionError("frame", "is for build: a data set or a folder of pictures has its own")
-    if is_url(options.target) or Manifest(Path(options.target)).file.is_file():
+    if is_url(options.target) or Manifest(local_path(options.target)).file.is_file():
         if options.out is not None:
             raise OptionError("out", f"{printable(options.target)} is a data set of ours: its depth maps go into it")
         with _progress("samples", quiet=options.json) as progress:
@@ -767,6 +768,19 @@ def _terminate(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is Ctrl-C inside the block; in the main thread alone: elsewhere the caller handles signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -779,9 +793,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
     except SystemExit as error:  # help, version or a usage error, printed already
         return int(error.code or 0)
-    with suppress(ValueError):  # not the main thread: the caller handles signals
-        signal.signal(signal.SIGTERM, _terminate)
-    with warnings.catch_warnings():
+    with _sigterm_interrupts(), warnings.catch_warnings():
         warnings.simplefilter("always", GpufgbgWarning)
         warnings.showwarning = _warn  # restored by catch_warnings
         try:
@@ -798,6 +810,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"gpufgbg: error: {printable(error)}", file=sys.stderr)
         except BrokenPipeError:  # the reader of our output has gone
             sys.stderr.close()
+            return 141  # 128 + SIGPIPE, which Windows lacks
     return 2
 
 

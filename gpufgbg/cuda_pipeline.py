@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -115,11 +115,13 @@ class CudaPipeline:
     def run(self, gaps: Iterable[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob | None) -> bool:
         """Make the samples of ``gaps``; returns whether the label files were written too."""
         ahead = labels is not None and self.depth is None  # else they want every sample's range of depth
-        with self.backend.device:
+        with self.backend.device, ExitStack() as held:
             with self._timed("samples: pin the shared memory"):
                 ring = _Ring(self.slots, self.slot_bytes)
+            held.callback(ring.close)
             with self._timed("samples: start the writers"):
                 writers = _Writers(self, ring, folder)
+            held.callback(writers.stop)
             try:
                 if labels is not None and ahead:
                     writers.start_labels(labels)
@@ -133,10 +135,8 @@ class CudaPipeline:
                 with suppress(Exception):  # the first error is the one that counts
                     self.committer.finish()
                 raise
-            finally:
-                writers.stop()
-                ring.close()
-            self.memory = {"device": _pool_bytes(), "pinned": self.slots * self.slot_bytes}
+            self._note_memory()
+            self.memory["pinned"] = self.slots * self.slot_bytes
         return ahead
 
     @contextmanager
@@ -147,10 +147,18 @@ class CudaPipeline:
         finally:
             self.timeline[phase] = self.timeline.get(phase, 0.0) + time.perf_counter() - begun
 
+    def _note_memory(self) -> None:
+        """Keep the pool's peak; it gives back in `_shrink` alone."""
+        import cupy
+
+        held = int(cupy.get_default_memory_pool().total_bytes())
+        self.memory["device"] = max(held, self.memory.get("device", 0))
+
     def _shrink(self, tried: int) -> None:
         """Out of the card's memory: take smaller batches, or say what one sample needs."""
         import cupy
 
+        self._note_memory()
         cupy.get_default_memory_pool().free_all_blocks()
         if tried == 1:
             free, total = self.backend.device.mem_info
@@ -333,12 +341,6 @@ class _Filler:
             self.made(message[3] - message[2])
 
 
-def _pool_bytes() -> int:
-    import cupy
-
-    return int(cupy.get_default_memory_pool().total_bytes())  # it never gives back, so this is its peak
-
-
 def _pieces(offsets: dict[str, Any], room: int) -> list[tuple[int, int, dict[str, tuple[int, int]]]]:
     """Cut a batch's samples so that each piece's files fit ``room`` bytes: (first, last, byte ranges by kind)."""
     ends = sum(offsets.values())
@@ -419,7 +421,14 @@ class _Writers:
         self._committer = pipeline.committer
         self._error: BaseException | None = None
         self._stopping = False
-        self._all = [_Writer(setup, ring.descriptor) for _ in range(pipeline.workers)]
+        self._all: list[_Writer] = []
+        try:
+            for _ in range(pipeline.workers):
+                self._all.append(_Writer(setup, ring.descriptor))
+        except BaseException:
+            for writer in self._all:
+                writer.end()
+            raise
         self._idle: queue.SimpleQueue[_Writer] = queue.SimpleQueue()
         for writer in reversed(self._all):
             self._idle.put(writer)
@@ -466,12 +475,10 @@ class _Writers:
         """End the processes, whatever they do."""
         self._stopping = True
         for writer in self._all:
-            if writer.process.poll() is None:
-                writer.process.kill()
-            writer.process.wait()
+            writer.process.kill()
         self._thread.join()
         for writer in self._all:
-            writer.connection.close()
+            writer.end()
 
     def _listen(self) -> None:
         open_ones: dict[Any, _Writer] = {writer.connection: writer for writer in self._all}
@@ -503,5 +510,4 @@ class _Writers:
             self._committer.submit(record, self._folder / shard.name)
             self._idle.put(writer)
         else:
-            _, code, text, name = message
-            self._error = OSError(code, text, name) if code else RuntimeError(f"a writer failed:\n{text}")
+            self._error = message[1]

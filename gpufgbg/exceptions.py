@@ -17,6 +17,7 @@ A message names the file or option, what was found, what was expected, and what 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 __all__ = [
     "DatasetError",
@@ -60,6 +61,9 @@ class OptionError(GpufgbgError, ValueError):
         self.option = option
         self.problem = problem
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.option, self.problem)
+
 
 class InputError(GpufgbgError, ValueError):
     """One or more files that were handed in can't be used.
@@ -74,6 +78,9 @@ class InputError(GpufgbgError, ValueError):
         count = f"{len(problems)} problems with the input: " if len(problems) > 1 else ""
         super().__init__(count + "; ".join(problems))
         self.problems = problems
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.problems
 
 
 class DatasetError(GpufgbgError, ValueError):

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ def atomic_path(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = scratch or path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    temporary = folder / f".{path.name}.{secrets.token_hex(4)}.tmp"  # other machines have our process's number too
     try:
         yield temporary
         with temporary.open("rb+") as file:

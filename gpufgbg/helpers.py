@@ -98,11 +98,10 @@ class Helpers:
             self._closed = True
         for helper in self._all:
             helper.process.kill()
-            helper.process.wait()
         for thread in self._welcoming:
             thread.join()
         for helper in self._all:
-            helper.connection.close()
+            helper.end()
 
     def __enter__(self) -> Helpers:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,7 @@ from gpufgbg.decoding import as_colour
 from gpufgbg.exceptions import DatasetError, DeviceError, InputError, OptionError, printable
 from gpufgbg.layout import KINDS
 from gpufgbg.moments import Moments
-from gpufgbg.pictures import FORMATS, PictureError, quiet_decoding, raise_all, read_picture
+from gpufgbg.pictures import FORMATS, PictureError, quiet_decoding, raise_all, read_picture, walk_pictures
 from gpufgbg.statistics import MEASURED, statistics
 
 __all__ = ["mean_std"]
@@ -109,8 +108,8 @@ def _of_folder(folder: Path, threads: int) -> Moments:
         raise OptionError("kind", f"{printable(folder)} is a data set: expected one of {', '.join(MEASURED)}")
     problems: list[str] = []
     grey, colour = Moments(), Moments()
-    paths = _listed(folder, problems)
-    with quiet_decoding(), ThreadPoolExecutor(threads) as pool:
+    paths = walk_pictures(folder, problems)
+    with quiet_decoding, ThreadPoolExecutor(threads) as pool:
         while chunk := list(islice(paths, 16 * threads)):
             for found in pool.map(_measured, chunk):
                 if isinstance(found, str):
@@ -125,19 +124,6 @@ def _of_folder(folder: Path, threads: int) -> Moments:
     if not colour.images:
         return grey
     return colour + as_colour(grey)
-
-
-def _listed(folder: Path, problems: list[str]) -> Iterator[Path]:
-    """The pictures in a folder and below it but for hidden ones; what can't be read is added to ``problems``."""
-
-    def refused(error: OSError) -> None:
-        problems.append(f"{printable(error.filename or folder)}: can't be read: {error.strerror}")
-
-    for parent, folders, names in os.walk(folder, onerror=refused):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if Path(name).suffix.lower() in FORMATS and not name.startswith("."):
-                yield Path(parent, name)
 
 
 def _measured(path: Path) -> Moments | str:

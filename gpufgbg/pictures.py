@@ -5,10 +5,10 @@ Anything that can't be read says why in one line; nothing is guessed in silence.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import stat
+import threading
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from gpufgbg.exceptions import InputError, printable
 
-__all__ = ["Picture", "PictureError", "list_pictures", "read_picture"]
+__all__ = ["Picture", "PictureError", "list_pictures", "read_picture", "walk_pictures"]
 
 #: extension -> Pillow's name of the format; what the tool reads
 FORMATS = {
@@ -166,16 +166,55 @@ def list_pictures(folder: str | os.PathLike[str], option: str) -> tuple[list[Pat
     return paths, notes
 
 
-@contextlib.contextmanager
-def quiet_decoding() -> Iterator[None]:
-    """Around calls of `read_picture`, in as many threads as you like: Pillow's remarks about odd metadata are
-    dropped, and its remark about a decompression bomb is an error. (Warning filters belong to the process, so
-    this can't be done by each thread.)
+def walk_pictures(root: Path, problems: list[str], without: Path | None = None) -> Iterator[Path]:
+    """The pictures in a folder and below it, in a fixed order, but for hidden ones and those in ``without``.
+
+    What can't be read, or is no file, is added to ``problems``, a line each.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+
+    def refused(error: OSError) -> None:
+        problems.append(f"{printable(error.filename or root)}: can't be read: {error.strerror}")
+
+    left_out = None if without is None else without.resolve()
+    for parent, folders, names in os.walk(root, onerror=refused):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if left_out is not None:
+            folders[:] = [name for name in folders if Path(parent, name).resolve() != left_out]
+        for name in sorted(names):
+            path = Path(parent, name)
+            if path.suffix.lower() not in FORMATS or name.startswith("."):
+                continue
+            if path.exists() and not path.is_file():
+                problems.append(f"{printable(path)}: neither a file nor a folder: remove it")
+            else:
+                yield path
+
+
+class _Quiet:
+    """A filter of Pillow's warnings, for as long as anybody wants it: filters belong to the process, not a thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.__exit__(None, None, None)
+
+
+#: around calls of `read_picture`, in as many threads as you like: Pillow's remarks about odd metadata are dropped
+quiet_decoding = _Quiet()
 
 
 def read_file(path: Path) -> bytes:
@@ -202,6 +241,8 @@ def read_picture(path: Path) -> Picture:
     expected = FORMATS[path.suffix.lower()]
     try:
         with Image.open(io.BytesIO(data)) as opened:
+            if opened.width * opened.height > MAX_PIXELS:  # Pillow warns, or raises from twice as many on
+                raise Image.DecompressionBombError
             found = _SAME_FORMAT.get(opened.format or "", opened.format or "")
             if found != expected:
                 raise PictureError(f"mislabelled: the name says {expected}, the content is {found}; rename it")

@@ -17,6 +17,7 @@ from gpufgbg import sinks
 from gpufgbg._version import versions
 from gpufgbg.assets import AssetFile, Assets, Sources, find_sources, prepare_sources
 from gpufgbg.backends import check_device
+from gpufgbg.checks import is_whole, whole
 from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.depth.journal import DepthJournal
 from gpufgbg.depth.options import DepthOptions
@@ -183,8 +184,8 @@ def generate(
         raise OptionError("labels", f"can't be left out with sink {sink!r}, expected tar, whose shards have them")
     if sink not in sinks.SINKS:
         raise OptionError("sink", f"got {sink!r}, expected one of {', '.join(sinks.SINKS)}")
-    if batch_size is not None and (not isinstance(batch_size, int) or not 1 <= batch_size <= 65536):
-        raise OptionError("batch_size", f"got {batch_size!r}, expected 1 to 65536")
+    if batch_size is not None:
+        batch_size = whole("batch_size", batch_size, 1, 65_536)
     options = None if depth is None else DepthOptions.of(depth)
     sources = find_sources(backgrounds, foregrounds, masks)
     if not os.fspath(out):
@@ -555,11 +556,11 @@ def make_engine(
 def _part(samples: tuple[int | None, int | None] | None, total: int) -> Shard:
     start, stop = samples or (None, None)
     start, stop = 0 if start is None else start, total if stop is None else stop
-    if not 0 <= start < stop <= total:
+    if not is_whole(start) or not is_whole(stop) or not 0 <= start < stop <= total:
         raise OptionError(
             "samples", f"got {start}:{stop}, expected A:B with 0 <= A < B <= {total}, the data set's size"
         )
-    return Shard(start, stop)
+    return Shard(int(start), int(stop))
 
 
 # -- the data set's own description ---------------------------------------------------------------------

@@ -26,8 +26,9 @@ from gpufgbg.depth.options import DEPTH_JPEG, DepthOptions
 from gpufgbg.exceptions import DatasetError, DeviceError, InputError, Interrupted, OptionError, printable
 from gpufgbg.files import remove_tree, storage_errors, sync_file_system, write_atomic
 from gpufgbg.layout import KINDS
-from gpufgbg.pictures import FORMATS, PictureError, quiet_decoding, raise_all, read_picture
+from gpufgbg.pictures import FORMATS, PictureError, quiet_decoding, raise_all, read_picture, walk_pictures
 from gpufgbg.recipe import MAX_FRAME
+from gpufgbg.urls import local_path
 
 __all__ = ["FolderReport", "build_engine", "predict_folder"]
 
@@ -106,14 +107,15 @@ def predict_folder(
     start = time.perf_counter()
     workers = check_workers(workers)
     options = DepthOptions.of(depth)
-    root = Path(folder)
+    root = local_path(folder)
     if not os.fspath(folder) or not root.is_dir():
         raise InputError(f"{printable(folder)}: no such folder: expected a data set or a folder of pictures")
     composites = root / KINDS["composite"]
     if composites.is_dir():
         root = composites
     target = _target(root, out)
-    paths, problems = _pictures(root, target)
+    problems: list[str] = []
+    paths = list(walk_pictures(root, problems, without=target))
     if not paths:
         raise_all(problems)
         raise InputError(f"{printable(root)}: no pictures in it: expected {', '.join(sorted(FORMATS))}")
@@ -124,7 +126,7 @@ def predict_folder(
         model = DepthModel(options, frame, device, workers, tell)
         todo = [path for path in paths if path not in index.done]
         count = len(paths) - len(todo)
-        with index.opened(model, frame), quiet_decoding():
+        with index.opened(model, frame), quiet_decoding:
             try:
                 for part in _decoded(todo, workers, workers if model.index is None else model.batch, problems):
                     names = [os.fspath(picture.path) for picture in part]
@@ -190,33 +192,10 @@ def _target(root: Path, out: str | os.PathLike[str] | None) -> Path:
                 "out", f"expected a folder for the depth maps: {printable(root)} has no folder beside it"
             )
         return named.with_name(f"{named.name}_depth")
-    target = Path(out)
+    target = local_path(out)
     if target.resolve() == root.resolve():
         raise OptionError("out", f"got {printable(target)}, the folder of the pictures: choose another")
     return target
-
-
-def _pictures(root: Path, target: Path) -> tuple[list[Path], list[str]]:
-    """The pictures below a folder but for those in ``target``, in a fixed order, and what can't be read of it."""
-    paths: list[Path] = []
-    problems: list[str] = []
-
-    def refused(error: OSError) -> None:
-        problems.append(f"{printable(error.filename or root)}: can't be read: {error.strerror}")
-
-    for parent, folders, names in os.walk(root, onerror=refused):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and Path(parent, name).resolve() != target.resolve()
-        )
-        for name in sorted(names):
-            path = Path(parent, name)
-            if path.suffix.lower() not in FORMATS or name.startswith("."):
-                continue
-            if path.exists() and not path.is_file():
-                problems.append(f"{printable(path)}: neither a file nor a folder: remove it")
-            else:
-                paths.append(path)
-    return paths, problems
 
 
 def _decode(path: Path) -> _Decoded | str:
@@ -235,7 +214,7 @@ def _decode(path: Path) -> _Decoded | str:
 def _frame(paths: list[Path]) -> tuple[int, int]:
     """Width and height, like the first picture's, from which the network's input follows where nothing says it."""
     problems = []
-    with quiet_decoding():
+    with quiet_decoding:
         for path in paths:
             found = _decode(path)
             if isinstance(found, _Decoded):

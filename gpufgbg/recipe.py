@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpufgbg.checks import choice, whole
 from gpufgbg.exceptions import InputError, OptionError
 
 __all__ = ["FLIPS", "SUBSAMPLINGS", "Placements", "Plan", "Recipe", "Shard", "philox4x32_10"]
@@ -24,20 +25,6 @@ MAX_FRAME = 16384  # pixels a side; JPEG itself ends at 65,535
 _SHARD_SAMPLES = 4096  # of 224x224; larger frames make smaller shards
 _SHARD_PIXELS = _SHARD_SAMPLES * 224 * 224
 _BLOCK = 1 << 15  # samples planned at a time, so that the generator's words stay in the cache
-
-
-def _whole(option: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise OptionError(option, f"got {value!r}, expected a whole number from {low} to {high}")
-    if not low <= value <= high:
-        raise OptionError(option, f"got {value}, expected {low} to {high}")
-    return int(value)
-
-
-def _choice(option: str, value: object, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise OptionError(option, f"got {value!r}, expected one of {', '.join(choices)}")
-    return str(value)
 
 
 @dataclass(frozen=True)
@@ -84,14 +71,14 @@ class Recipe:
             size = (size, size)
         if not isinstance(size, (tuple, list)) or len(size) != 2:
             raise OptionError("size", f"got {self.size!r}, expected one number or (width, height)")
-        height = _whole("size", size[1], 1, MAX_FRAME)
+        height = whole("size", size[1], 1, MAX_FRAME)
         fields = {
-            "size": (_whole("size", size[0], 1, MAX_FRAME), height),
-            "per_pair": _whole("per_pair", self.per_pair, 1, 1_000_000),
-            "flip": _choice("flip", self.flip, FLIPS),
-            "seed": _whole("seed", self.seed, 0, 2**64 - 1),
-            "quality": _whole("quality", self.quality, 1, 100),
-            "subsampling": _choice("subsampling", self.subsampling, SUBSAMPLINGS),
+            "size": (whole("size", size[0], 1, MAX_FRAME), height),
+            "per_pair": whole("per_pair", self.per_pair, 1, 1_000_000),
+            "flip": choice("flip", self.flip, FLIPS),
+            "seed": whole("seed", self.seed, 0, 2**64 - 1),
+            "quality": whole("quality", self.quality, 1, 100),
+            "subsampling": choice("subsampling", self.subsampling, SUBSAMPLINGS),
         }
         tall = self.foreground_height
         if isinstance(tall, (int, np.integer)) and tall > height:
@@ -99,7 +86,7 @@ class Recipe:
                 "foreground_height",
                 f"got {tall}, expected 1 to {height}, the frame's height: lower it or raise size",
             )
-        fields["foreground_height"] = _whole("foreground_height", tall, 1, height)
+        fields["foreground_height"] = whole("foreground_height", tall, 1, height)
         if not isinstance(self.optimize, (bool, np.bool_)):
             raise OptionError("optimize", f"got {self.optimize!r}, expected True or False")
         fields["optimize"] = bool(self.optimize)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from gpufgbg.assets import Assets, prepare
 from gpufgbg.backends.cuda import as_stream
+from gpufgbg.checks import whole
 from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.depth.model import DepthMaps, DepthModel
 from gpufgbg.depth.options import DepthOptions
@@ -31,7 +32,7 @@ from gpufgbg.exceptions import OptionError
 from gpufgbg.manifest import open_dataset
 from gpufgbg.moments import Moments
 from gpufgbg.pipeline import load_assets
-from gpufgbg.recipe import Placements, Plan, Recipe, _whole
+from gpufgbg.recipe import Placements, Plan, Recipe
 from gpufgbg.shuffle import Permutation
 
 __all__ = ["SampleStream", "StreamBatch", "aligned", "stream"]
@@ -291,17 +292,17 @@ class SampleStream:
         self.compositor = compositor
         self.statistics: dict[str, Moments] = {}
         self.shuffle = _flag("shuffle", shuffle)
-        self.seed = _whole("seed", seed, 0, 2**64 - 1)
-        world = _whole("world", world, 1, samples)
+        self.seed = whole("seed", seed, 0, 2**64 - 1)
+        world = whole("world", world, 1, samples)
         self._schedule = _Schedule(
             samples,
-            _whole("batch_size", batch_size, 1, 65_536),
-            _whole("rank", rank, 0, world - 1),
+            whole("batch_size", batch_size, 1, 65_536),
+            whole("rank", rank, 0, world - 1),
             world,
             _flag("drop_last", drop_last),
-            None if epochs is None else _whole("epochs", epochs, 0, _MOST),
-            _whole("epoch", epoch, 0, _MOST),
-            _whole("start", start, 0, samples),
+            None if epochs is None else whole("epochs", epochs, 0, _MOST),
+            whole("epoch", epoch, 0, _MOST),
+            whole("start", start, 0, samples),
         )
         if not self._schedule.length:
             raise OptionError(
@@ -310,12 +311,12 @@ class SampleStream:
             )
         if not isinstance(part, (tuple, list)) or len(part) != 2:
             raise OptionError("part", f"got {part!r}, expected (k, n) with 0 <= k < n")
-        parts = _whole("part", part[1], 1, 65_536)
-        self._part = _whole("part", part[0], 0, parts - 1), parts
+        parts = whole("part", part[1], 1, 65_536)
+        self._part = whole("part", part[0], 0, parts - 1), parts
         self._model = depth
         self._metres = _flag("metres", metres)
-        self._reuse = int(reuse) if isinstance(reuse, bool) else _whole("reuse", reuse, 0, 1024)
-        self._prefetch = _whole("prefetch", prefetch, 1, 1024)
+        self._reuse = int(reuse) if isinstance(reuse, bool) else whole("reuse", reuse, 0, 1024)
+        self._prefetch = whole("prefetch", prefetch, 1, 1024)
         self._on_cpu = compositor.backend.name == "cpu"
         if depth is not None and depth.device != compositor.backend.name:
             raise OptionError(
@@ -384,7 +385,7 @@ class SampleStream:
         OptionError
             Not a whole number from 0 on.
         """
-        epoch = _whole("epoch", epoch, 0, _MOST)
+        epoch = whole("epoch", epoch, 0, _MOST)
         self._let_go()
         self._schedule.epoch, self._schedule.position = epoch, 0
         self._pass_over(self._part[0])
@@ -417,7 +418,7 @@ class SampleStream:
         for name, value in expected.items():
             if state[name] != value:
                 raise OptionError("state", f"{name} is {state[name]!r} there and {value!r} here")
-        epoch, position = (_whole("state", state[name], 0, _MOST) for name in ("epoch", "position"))
+        epoch, position = (whole("state", state[name], 0, _MOST) for name in ("epoch", "position"))
         if position > self.samples:
             raise OptionError("state", f"position is {position}, expected 0 to {self.samples}")
         self._let_go()
@@ -746,4 +747,4 @@ def _as_cuda_stream(given: Any) -> Any:
 
     if isinstance(given, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
         return given
-    return as_stream(_whole("cuda_stream", given, 0, 2**64 - 1))
+    return as_stream(whole("cuda_stream", given, 0, 2**64 - 1))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gpufgbg import backends, decoding, sinks
+from gpufgbg.checks import is_whole
 from gpufgbg.compositor import Compositor
 from gpufgbg.exceptions import DatasetError, OptionError, printable
 from gpufgbg.jpeg import JpegEncoder
@@ -76,7 +77,7 @@ def verify(
     DeviceError
         The device is not there, or can't decode.
     """
-    if isinstance(rerender, bool) or not isinstance(rerender, int) or rerender < 0:
+    if not is_whole(rerender) or rerender < 0:
         raise OptionError("rerender", f"got {rerender!r}, expected 0 or more")
     backends.check_device(device)
     if is_foreign(path):

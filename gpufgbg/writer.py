@@ -10,7 +10,7 @@ Messages to a writer, and its answers:
 - ``("samples", shard, start, stop, slot, offsets, depth_ranges, last)``: the next samples of a shard lie in a slot of
   the memory; ``("free", slot)`` as soon as the slot may be used again, and after the last
   ``("closed", checksum, size_bytes, depth_ranges)``.
-- any failure: ``("failed", errno or None, text, file name or None)``, and the process ends.
+- any failure: ``("failed", error)``, for the parent to raise, and the process ends.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from __future__ import annotations
 import itertools
 import mmap
 import sys
-import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from gpufgbg.children import parent_of
+from gpufgbg.children import parent_of, portable_error
 
 __all__ = ["main"]
 
@@ -35,11 +34,8 @@ def main(arguments: list[str]) -> int:
         _serve(connection, memoryview(mmap.mmap(int(arguments[2]), 0)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 1  # the parent is gone
-    except OSError as error:
-        connection.send(("failed", error.errno, error.strerror, error.filename2 or error.filename))
-        return 1
-    except BaseException:
-        connection.send(("failed", None, traceback.format_exc(), None))
+    except BaseException as error:
+        connection.send(("failed", portable_error(error, "a writer")))
         return 1
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from gpufgbg import DatasetError, InputError, OptionError
+from gpufgbg.children import portable_error
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
 
@@ -93,3 +97,29 @@ def test_the_parent_is_gone_before(tmp_path):
             [sys.executable, "-c", program, str(parent)], capture_output=True, text=True, timeout=60
         )
         assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OptionError("size", "got 3"), InputError("a.png: broken", "b.png: broken"), DatasetError("x"),
+     OSError(28, "No space", "file")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_errors_that_travel_as_they_are(error):
+    found = pickle.loads(pickle.dumps(portable_error(error, "a worker")))
+    assert type(found) is type(error) and str(found) == str(error) and vars(found) == vars(error)
+
+
+def test_errors_that_travel_as_text():
+    class Odd(Exception):
+        pass
+
+    try:
+        raise Odd("x")
+    except Odd as error:
+        found = pickle.loads(pickle.dumps(portable_error(error, "a worker")))
+    assert (
+        type(found) is RuntimeError
+        and str(found).startswith("a worker failed:\nTraceback")
+        and "Odd: x" in str(found)
+    )

@@ -191,3 +191,20 @@ def test_auto_says_why_it_runs_on_the_cpu(run, arguments):
     code, printed, _ = run(*arguments, "--device=auto")
     assert code == 0 and printed.splitlines()[-1] == f"made on the CPU: {reason}"
     assert "on the CPU" not in run(*arguments)[1]
+
+
+def test_signals_are_the_callers_again(run):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("stats", "nowhere")[0] == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way there")
+def test_the_reader_of_the_output_goes_away(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-m", "gpufgbg", "demo", tmp_path / "d", "--no-depth", "--per-pair=1", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141

@@ -11,11 +11,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 from conftest import start
 
-from gpufgbg import DatasetError, Interrupted, Moments, Plan, Recipe, generate, pipeline, sinks
+from gpufgbg import DatasetError, Interrupted, Moments, OptionError, Plan, Recipe, generate, pipeline, sinks
 from gpufgbg.layout import SAMPLE_KINDS
 from gpufgbg.manifest import Manifest, ShardChecksum
 from gpufgbg.recipe import Shard
@@ -364,3 +365,16 @@ def test_the_real_input_once_a_pair(people, tmp_path):
     for name, x, y in random.Random(os.getpid()).sample(samples, 1000):
         for path, data in oracle.expected_files(out, name, x, y).items():
             assert (Path(out) / path).read_bytes() == data, path
+
+
+def test_integers_of_numpy_and_what_is_none(folders, tmp_path):
+    small = Recipe(size=(32, 24), foreground_height=10, per_pair=1)
+    for samples in ((0.0, 4.0), (True, 4), ("0", "4")):
+        with pytest.raises(OptionError, match="samples: got"):
+            generate(tmp_path / "out", **folders, recipe=small, samples=samples)
+    for size in (True, 2.0, 0):
+        with pytest.raises(OptionError, match="batch_size: got"):
+            generate(tmp_path / "out", **folders, recipe=small, batch_size=size)
+    assert not (tmp_path / "out").exists()
+    part = (np.int64(0), np.int64(4))
+    assert generate(tmp_path / "out", **folders, recipe=small, samples=part, batch_size=np.int64(2)).done == 4

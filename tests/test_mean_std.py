@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
@@ -120,3 +121,10 @@ def test_kinds_that_are_refused(tmp_path):
         mean_std(np.zeros((1, 2, 2), np.uint8), "composite")
     with pytest.raises(DatasetError, match="no such file or folder"):
         mean_std(tmp_path / "none", "composite")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+def test_what_is_no_file_is_named(folder):
+    os.mkfifo(folder / "x.jpg")
+    with pytest.raises(InputError, match=r"x\.jpg: neither a file nor a folder"):
+        mean_std(folder)

@@ -6,7 +6,9 @@ import io
 import os
 import struct
 import sys
+import threading
 import unicodedata
+import warnings
 import zlib
 from pathlib import Path
 
@@ -206,7 +208,7 @@ def write(folder: Path, **files: bytes) -> Path:
 def read(folder: Path, name: str, data: bytes):
     path = folder / name
     path.write_bytes(data)
-    with quiet_decoding():
+    with quiet_decoding:
         return read_picture(path)
 
 
@@ -577,3 +579,31 @@ def test_all_that_is_wrong_with_a_folder_is_told(tmp_path: Path) -> None:
             f"{folder / 'é.png'} and é.webp share one stem: rename or remove one",
         ]
     )
+
+
+def test_quiet_decoding_in_overlapping_threads(monkeypatch):
+    """Filters of warnings belong to the process: whoever leaves last restores them."""
+    filters = list(warnings.filters)
+    first, second = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with quiet_decoding:
+            first.set()
+            second.wait(30)
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    first.wait(30)
+    with quiet_decoding:
+        second.set()
+        thread.join()
+        with pytest.warns(UserWarning, match="not of Pillow"):
+            warnings.warn("not of Pillow", UserWarning, stacklevel=1)
+    assert list(warnings.filters) == filters
+
+
+def test_a_bomb_without_the_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpufgbg.pictures.MAX_PIXELS", 100)
+    Image.new("L", (11, 10)).save(tmp_path / "a.png")
+    with pytest.raises(PictureError, match="too large to decode safely: expected at most 100 pixels"):
+        read_picture(tmp_path / "a.png")

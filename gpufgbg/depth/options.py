@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gpufgbg.checks import choice, is_whole
 from gpufgbg.exceptions import OptionError
 
 __all__ = ["BACKENDS", "DEMO", "DEPTH_JPEG", "INPUTS", "MEANINGS", "PRECISIONS", "RANGES", "DepthOptions"]
@@ -80,20 +81,20 @@ class DepthOptions:
         if not isinstance(weights, (str, os.PathLike)) or not os.fspath(weights):
             raise OptionError("depth", f"got {weights!r}, expected a file of weights or {DEMO!r}")
         object.__setattr__(self, "weights", os.fspath(weights))
-        _choice("depth_input", self.input, INPUTS)
-        _choice("depth_backend", self.backend, BACKENDS)
-        _choice("depth_upsampling", self.upsampling, UPSAMPLINGS)
+        choice("depth_input", self.input, INPUTS)
+        choice("depth_backend", self.backend, BACKENDS)
+        choice("depth_upsampling", self.upsampling, UPSAMPLINGS)
         for name, choices in (("precision", PRECISIONS), ("range", RANGES), ("meaning", MEANINGS)):
             if getattr(self, name) is not None:
-                _choice(f"depth_{name}", getattr(self, name), choices)
+                choice(f"depth_{name}", getattr(self, name), choices)
         size: Any = self.size
         if size is not None:
-            sides = (size, size) if _is_whole(size) else tuple(size) if isinstance(size, (tuple, list)) else ()
-            if len(sides) != 2 or not all(_is_whole(side) and 1 <= side <= _MAX_SIDE for side in sides):
+            sides = (size, size) if is_whole(size) else tuple(size) if isinstance(size, (tuple, list)) else ()
+            if len(sides) != 2 or not all(is_whole(side) and 1 <= side <= _MAX_SIDE for side in sides):
                 raise OptionError("depth_size", f"got {size!r}, expected 1 to {_MAX_SIDE:,} pixels a side")
             object.__setattr__(self, "size", (int(sides[0]), int(sides[1])))
         if self.batch is not None:
-            if not _is_whole(self.batch) or not 1 <= self.batch <= 1024:
+            if not is_whole(self.batch) or not 1 <= self.batch <= 1024:
                 raise OptionError("depth_batch", f"got {self.batch!r}, expected 1 to 1,024")
             object.__setattr__(self, "batch", int(self.batch))
         scale: Any = self.scale
@@ -107,12 +108,3 @@ class DepthOptions:
     def of(cls, depth: str | os.PathLike[str] | DepthOptions) -> DepthOptions:
         """The options, where a file of weights alone may stand for them."""
         return depth if isinstance(depth, cls) else cls(depth)  # type: ignore[arg-type]
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _choice(option: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OptionError(option, f"got {value!r}, expected one of {', '.join(choices)}")

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from gpufgbg.checks import whole
 from gpufgbg.exceptions import DeviceError, OptionError
-from gpufgbg.recipe import _whole
 from gpufgbg.streaming import SampleStream, StreamBatch
 
 __all__ = ["StreamSource", "external_source"]
@@ -46,7 +46,7 @@ class StreamSource:
         if stream.reuses:
             raise OptionError("stream", "it uses its arrays again while DALI reads them: make it without reuse")
         self.stream = stream
-        self._kept: deque[StreamBatch] = deque(maxlen=_whole("keep", keep, 1, 1024))
+        self._kept: deque[StreamBatch] = deque(maxlen=whole("keep", keep, 1, 1024))
 
     def __iter__(self) -> StreamSource:
         return self

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from gpufgbg.assets import Assets
+from gpufgbg.checks import whole
 from gpufgbg.compositor import Compositor
 from gpufgbg.exceptions import DeviceError, OptionError
 from gpufgbg.manifest import open_dataset
 from gpufgbg.pipeline import load_assets
-from gpufgbg.recipe import Plan, Recipe, _whole
+from gpufgbg.recipe import Plan, Recipe
 from gpufgbg.shuffle import Permutation
 
 try:
@@ -83,9 +84,9 @@ class SampleSource(_Datasource):  # type: ignore[misc]
         super().__init__()
         plan = Plan(recipe, assets.n_backgrounds, assets.widths, assets.heights)
         start, stop = samples or (None, None)
-        self._start = _whole("samples", start or 0, 0, len(plan) - 1)
-        self._stop = _whole("samples", len(plan) if stop is None else stop, self._start + 1, len(plan))
-        self._seed = _whole("seed", seed, 0, 2**64 - 1)
+        self._start = whole("samples", start or 0, 0, len(plan) - 1)
+        self._stop = whole("samples", len(plan) if stop is None else stop, self._start + 1, len(plan))
+        self._seed = whole("seed", seed, 0, 2**64 - 1)
         self._shuffle = bool(shuffle)
         self._device = device
         self._recipe = recipe

@@ -21,13 +21,14 @@ import numpy as np
 from gpufgbg.assets import Assets
 from gpufgbg.backends import check_device, why_cpu
 from gpufgbg.backends.cuda import as_stream
+from gpufgbg.checks import whole
 from gpufgbg.compositor import Compositor
 from gpufgbg.depth.model import DepthModel
 from gpufgbg.depth.options import DepthOptions
 from gpufgbg.depth.processing import Triple
 from gpufgbg.exceptions import DeviceError, OptionError
 from gpufgbg.integrations.convert import Conversion
-from gpufgbg.recipe import Recipe, _whole
+from gpufgbg.recipe import Recipe
 from gpufgbg.streaming import SampleStream, StrPath, stream
 
 try:
@@ -138,7 +139,7 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
         self._options = options
         self._options["drop_last"] = self._ranks["world"] != 1 if drop_last is None else drop_last
         self._workers = workers
-        self._epochs = None if epochs is None else _whole("epochs", epochs, 1, 2**62)
+        self._epochs = None if epochs is None else whole("epochs", epochs, 1, 2**62)
         if not isinstance(as_tuple, bool):
             raise OptionError("as_tuple", f"got {as_tuple!r}, expected True or False")
         self._as_tuple = as_tuple
@@ -193,7 +194,7 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
         OptionError
             Not a whole number from 0 on.
         """
-        self._epoch.fill_(_whole("epoch", epoch, 0, 2**62))
+        self._epoch.fill_(whole("epoch", epoch, 0, 2**62))
 
     def __iter__(self) -> StreamIterator:
         """A new iteration; several may run side by side."""

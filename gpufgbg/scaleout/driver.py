@@ -18,7 +18,6 @@ from gpufgbg.files import remove_tree
 from gpufgbg.labels import LabelJob, write_labels
 from gpufgbg.manifest import Recorder, merged
 from gpufgbg.recipe import Plan, Shard
-from gpufgbg.scaleout.worker import failure
 from gpufgbg.shards import Committer
 
 __all__ = ["Crew", "Driver", "Member"]
@@ -259,8 +258,8 @@ class Driver:
     def _on_warning(self, member: Member, text: str) -> None:
         warnings.warn(text, GpufgbgWarning, stacklevel=2)
 
-    def _on_failed(self, member: Member, *described: Any) -> None:
-        raise failure(*described)
+    def _on_failed(self, member: Member, error: Exception) -> None:
+        raise error
 
     def _on_lost(self, member: Member, reason: str) -> None:
         self._lose(member, reason)

@@ -89,9 +89,7 @@ class ProcessCrew:
     def drop(self, member: Member) -> None:
         """Kill the process and wait for its end."""
         self._open.pop(member.link.connection, None)
-        member.link.process.kill()  # also where it is stopped
-        member.link.process.wait()
-        member.link.connection.close()
+        member.link.end()  # also where it is stopped
 
     def replace(self, member: Member) -> Member:
         """Start another process on the device."""

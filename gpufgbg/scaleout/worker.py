@@ -11,7 +11,7 @@ Messages to the driver, and its answers:
 - ``("closed", record)``: a shard is published.
 - ``("done", timeline, memory, transferred)``: all shards since ``begin`` are published. Another ``begin`` may come.
 - ``("tell", text)`` and ``("warning", text)``: for the user.
-- ``("failed", kind, text, errno, file name)``: an error that another worker would meet too; the worker ends.
+- ``("failed", error)``: one that another worker would meet too, for the driver to raise; the worker ends.
 
 The driver ends a worker by closing its channel. A worker takes nothing with it but what it holds unpublished.
 """
@@ -26,19 +26,18 @@ import socket
 import sys
 import tempfile
 import threading
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gpufgbg import exceptions, sinks
+from gpufgbg import sinks
 from gpufgbg.backends import warm
-from gpufgbg.children import parent_of
+from gpufgbg.children import parent_of, portable_error
 from gpufgbg.compositor import Compositor
 from gpufgbg.depth.options import DEMO
-from gpufgbg.exceptions import DatasetError, GpufgbgError, GpufgbgWarning, printable
+from gpufgbg.exceptions import DatasetError, GpufgbgWarning, printable
 from gpufgbg.files import remove_tree
 from gpufgbg.layout import SAMPLE_KINDS
 from gpufgbg.remote.store import RemotePath
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from gpufgbg.manifest import ShardRecord
     from gpufgbg.recipe import Recipe, Shard
 
-__all__ = ["Channel", "Job", "failure", "serve"]
+__all__ = ["Channel", "Job", "serve"]
 
 
 class Channel(Protocol):
@@ -112,28 +111,7 @@ def serve(channel: Channel, job: Job, device: str) -> None:
         return  # the driver is gone, or has no more to do
     except BaseException as error:
         with contextlib.suppress(OSError):
-            link.send("failed", *_described(error))
-
-
-def failure(kind: str | None, text: str, errno: int | None, file: str | None) -> BaseException:
-    """The error that a ``failed`` message describes."""
-    if errno is not None:
-        return OSError(errno, text, file)
-    if kind is None:
-        return RuntimeError(f"a worker failed:\n{text}")
-    if kind == "OptionError":
-        return exceptions.OptionError(*text.split(": ", 1))
-    error: BaseException = getattr(exceptions, kind)(text)
-    return error
-
-
-def _described(error: BaseException) -> tuple[str | None, str, int | None, str | None]:
-    if isinstance(error, GpufgbgError):
-        return type(error).__name__, str(error), None, None
-    if isinstance(error, OSError) and error.errno is not None:
-        name = error.filename2 or error.filename
-        return None, str(error.strerror), error.errno, None if name is None else str(name)
-    return None, "".join(traceback.format_exception(error)), None, None
+            link.send("failed", portable_error(error, "a worker"))
 
 
 class _Link:
