@@ -39,7 +39,7 @@ _NVCC = [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "cuda-crt", "cuda-ru
 def _compiler() -> list[str]:
     wanted = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    installed = shutil.which("nvcc") or (toolkit / "bin" / "nvcc").exists()
+    installed = "CUDACXX" in os.environ or shutil.which("nvcc") or (toolkit / "bin" / "nvcc").exists()
     skipped = os.environ.get("GPUFGBG_CPU_ONLY", "") not in ("", "0")
     return _NVCC if wanted and not installed and not skipped else []
 

@@ -8,7 +8,7 @@ from gpufgbg.recipe import Placements, Plan
 
 __all__ = ["KINDS", "SAMPLE_KINDS", "TAR_SUFFIXES", "Layout"]
 
-#: kind -> (folder, what ORIGINAL.md calls it)
+#: kind -> folder of the original data set
 KINDS = {
     "background": "bg",
     "foreground": "fg",

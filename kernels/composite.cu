@@ -1,9 +1,9 @@
 // Composites and masks for a batch of samples, straight from the packed assets.
 //
-// Algorithm: ORIGINAL.md steps 2 to 4: the placement comes from Philox (key = seed, counter = sample index) or from
-// the caller, the composite is Pillow's paste of the foreground through its own alpha, the mask its grey mask pasted
-// through itself onto black. Bytes are decided by blend.cuh and philox.cuh. Twin: gpufgbg/backends/cpu.py. Judge:
-// Pillow, on the GPU and, through tests/host/cuda_emulator.h, in tests/test_kernels_emulated.py.
+// Algorithm: the placement comes from Philox (key = seed, counter = sample index) or from the caller, the composite
+// is Pillow's paste of the foreground through its own alpha, the mask its grey mask pasted through itself onto black.
+// Bytes are decided by blend.cuh and philox.cuh. Twin: gpufgbg/backends/cpu.py. Judge: Pillow, on the GPU and,
+// through tests/host/cuda_emulator.h, in tests/test_kernels_emulated.py.
 //
 // Shape of the work. A 224x224 sample is 200 kB written, and the backgrounds are few enough to stay in the L2 cache
 // (in order of index even in L1: neighbours share theirs), so writing is the limit and all else must hide behind it.

@@ -3,10 +3,10 @@
 // depth_preprocess: resize, then value * scale + bias a channel. Bilinear between pixel centres, mirrored at the
 // border without repeating the edge's pixel (index -1 is 1), no smoothing: skimage.transform.resize(order=1) with its
 // default mode "reflect" and anti_aliasing=False, by which the original data set went from 224x224 to 448x448
-// (ORIGINAL.md step 6).
+// (docs/depth.md).
 // depth_postprocess: resize where sizes differ (bilinear between pixel centres, clamped at the border), depth by the
 // prediction's meaning, and the picture's range spread over 0 to 255. The formulas of DenseDepth (Alhashim and Wonka
-// 2018, arXiv 1812.11941) as ORIGINAL.md step 6 has them: d = clip(1000 / p, 10, 1000) / 1000, q = (d - min) /
+// 2018, arXiv 1812.11941) as the original data set has them: d = clip(1000 / p, 10, 1000) / 1000, q = (d - min) /
 // (max - min), grey = min(255, floor(256 q)).
 // Twins: gpufgbg/depth/processing.py. Judge: plain NumPy in tests/test_depth_processing.py, which also runs this file
 // on the CPU.

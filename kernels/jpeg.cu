@@ -468,9 +468,12 @@ extern "C" __global__ void __launch_bounds__(kWarp)
 }
 
 // Pixels to tokens. Grid N * C (chunk within picture fastest), block and chunk as in the file header: 444 192
-// threads, 422 128, 420 192, grey 192. Shared memory, static: up to 30 KB. pixels       (N, H, W, 3) uint8; grey: (N,
-// H, W) uint8 setup        (4096) uint8 of the same shape, subsampling and quality out: tokens (N, M * B * 64)
-// uint32, chunk c's from c * K * B * 64 on
+// threads, 422 128, 420 192, grey 192. Shared memory, static: up to 30 KB.
+//
+// pixels       (N, H, W, 3) uint8; grey: (N, H, W) uint8
+// setup        (4096) uint8 of the same shape, subsampling and quality
+//
+// out: tokens  (N, M * B * 64) uint32, chunk c's from c * K * B * 64 on
 //      histograms (N, C, T * 272) uint32, without the DC tokens that depend on the chunk before
 //      links (N, C, channels) Link; token_counts (N, C) uint32
 extern "C" __global__ void __launch_bounds__(Chunk<1, 1, 3>::kThreads, Chunk<1, 1, 3>::kResident)
@@ -693,8 +696,10 @@ extern "C" __global__ void __launch_bounds__(kUpsampleThreads)
 // optimize     0: the standard tables; 1: each picture's own
 // image_blocks M * B; chunk_blocks K * B
 // links        (N, C, channels) Link; token_counts (N, C) uint32
-// in and out: tokens (N, M * B * 64) uint32, histograms (N, C, T * 272) uint32: the first DC tokens of a chunk are
-// added out: books (N, T * 272) uint32
+//
+// in and out: tokens (N, M * B * 64) uint32, histograms (N, C, T * 272) uint32: a chunk's first DC tokens are added
+//
+// out: books (N, T * 272) uint32
 //      headers (N, 640) uint8, header_bytes (N) uint32
 //      leads (N, C) uint32: bits 0..2 how many bits of a byte were begun before the chunk, bits 8..14 those bits
 extern "C" __global__ void __launch_bounds__(4 * kWarp)

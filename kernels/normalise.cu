@@ -148,10 +148,16 @@ __device__ __forceinline__ void normalise(const uint8_t* images, int32_t count, 
 
 }  // namespace
 
-// Block 256, grid (any, any): 2,048 pixels of a picture or more a block are best, (pixels / 2048, n). No shared
-// memory. images       (n, pixels, 3) uint8, any alignment n            pictures pixels       of a picture, H * W, at
-// most 2^28 s0 s1 s2     scale of red, green, blue; finite b0 b1 b2     bias; finite out: to      NCHW: (n, 3,
-// pixels), NHWC: (n, pixels, 3), of the type in the name, aligned to it
+// Block 256, grid (any, any): 2,048 pixels of a picture or more a block are best, (pixels / 2048, n).
+// No shared memory.
+//
+// images       (n, pixels, 3) uint8, any alignment
+// n            pictures
+// pixels       of a picture, H * W, at most 2^28
+// s0 s1 s2     scale of red, green, blue; finite
+// b0 b1 b2     bias; finite
+//
+// out: to      NCHW: (n, 3, pixels), NHWC: (n, pixels, 3), of the type in the name, aligned to it
 #define ENTRY(name, planes, type)                                                                                   \
     extern "C" __global__ void __launch_bounds__(kThreads)                                                          \
         name(const uint8_t* __restrict__ images, int32_t n, int32_t pixels, float s0, float s1, float s2, float b0, \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,14 @@ def cutout(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     distance = ((x - width / 2 + 0.5) / (width / 2)) ** 2 + ((y - height / 2 + 0.5) / (height / 2)) ** 2
     alpha = (255 * np.clip(4 * (1.1 - distance), 0, 1)).astype(np.uint8)
     return np.dstack([smooth(rng, width, height, 3), alpha])
+
+
+@pytest.fixture
+def luck() -> random.Random:
+    """Chance that differs from run to run; a failure shows its seed, which GPUFGBG_TEST_SEED sets again."""
+    seed = int(os.environ.get("GPUFGBG_TEST_SEED", os.getpid()))
+    print(f"GPUFGBG_TEST_SEED={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="session")

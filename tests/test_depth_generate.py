@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import os
-import random
 import shutil
 import subprocess
 import tarfile
@@ -79,7 +78,7 @@ def expected_depth(
     batch: int = 1,
     dtype: str = "float32",
 ) -> Expected:
-    """The depth map of one picture (H, W, 3), by ONNX Runtime run plainly and the formula of ORIGINAL.md, step 6."""
+    """The depth map of one picture (H, W, 3), by ONNX Runtime run plainly and the formula of docs/depth.md."""
     height, width = pixels.shape[:2]
     network = size or (width, height)
     layout = "NHWC" if channels_last else "NCHW"
@@ -455,21 +454,20 @@ def killed(command: list, out: Path, seconds: float) -> bool:
 
 
 @pytest.mark.parametrize("sink", SINKS)
-def test_killed_at_random_moments_and_continued(make, later, arguments, models, tmp_path, sink):
+def test_killed_at_random_moments_and_continued(make, later, arguments, models, tmp_path, sink, luck):
     """Made with depth; and made without, of which depth is added: all the same bytes in the end."""
-    moments = random.Random(os.getpid())
     recipe = Recipe(size=(64, 48), foreground_height=20, per_pair=40)
     begun = time.monotonic()
     make("whole", recipe, sink=sink)
     took = time.monotonic() - begun
     whole = oracle.tree_of(tmp_path / "whole")
     command = [*arguments, "--per-pair=40", f"--sink={sink}", "--depth", models / "blur.onnx"]
-    kills = killed(command, tmp_path / "out", took * moments.uniform(0, 0.6))
+    kills = killed(command, tmp_path / "out", took * luck.uniform(0, 0.6))
     make("out", recipe, sink=sink)
     assert oracle.tree_of(tmp_path / "out") == whole
     make("later", recipe, sink=sink, depth=None)
     command = ["depth", tmp_path / "later", "--weights", models / "blur.onnx", "--device=cpu", "--workers=2"]
-    kills += killed(command, tmp_path / "later", took * moments.uniform(0, 0.6))
+    kills += killed(command, tmp_path / "later", took * luck.uniform(0, 0.6))
     assert len(stored(tmp_path / "later")) >= 2 * 960
     later("later")
     assert oracle.tree_of(tmp_path / "later") == whole
@@ -883,7 +881,7 @@ def test_folder_killed_and_continued(predict, models, tmp_path, monkeypatch):
     assert oracle.tree_of(tmp_path / "out") == whole
 
 
-def test_folder_killed_by_a_signal_and_continued(predict, models, tmp_path):
+def test_folder_killed_by_a_signal_and_continued(predict, models, tmp_path, luck):
     folder = tmp_path / "pictures"
     folder.mkdir()
     rng = np.random.default_rng(3)
@@ -897,7 +895,7 @@ def test_folder_killed_by_a_signal_and_continued(predict, models, tmp_path):
     with start(*command) as process:
         while not index.is_file() and process.poll() is None:
             time.sleep(0.002)
-        time.sleep(took * random.Random(os.getpid()).uniform(0, 0.5))
+        time.sleep(took * luck.uniform(0, 0.5))
         process.kill()
         process.communicate()
     index.write_bytes(index.read_bytes() + b'{"file": "cut o')  # as a kill in the middle of a write leaves it

@@ -287,7 +287,7 @@ def test_maps_equal_numpy(engine, meaning, dtype):
 
 
 def test_maps_of_the_original(engine):
-    """ORIGINAL.md step 6 as its notebooks wrote it."""
+    """The original's depth maps as its notebooks made them."""
     prediction = np.random.default_rng(0).uniform(5, 130, (3, 224, 224)).astype(np.float32)
     depth = np.clip(1000 / prediction, 10, 1000) / 1000
     expected = []

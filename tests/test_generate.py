@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -211,7 +210,7 @@ def test_samples_that_another_process_makes_are_refused(make, tmp_path):
 
 
 @pytest.mark.parametrize("sink", SINKS)
-def test_killed_at_random_moments_and_resumed(folders, tmp_path, sink):
+def test_killed_at_random_moments_and_resumed(folders, tmp_path, sink, luck):
     options = [
         "--per-pair=300",
         "--size=64x48",
@@ -226,13 +225,15 @@ def test_killed_at_random_moments_and_resumed(folders, tmp_path, sink):
         printed = process.communicate(timeout=120)
         assert process.returncode == 0, printed
     took = time.monotonic() - begun
-    moments = random.Random(os.getpid())
+    runs = tmp_path / "out" / ".gpufgbg" / "runs"
     kills = 0
     for _ in range(5):
-        moment = took * moments.uniform(0.2, 0.95)
+        moment = took * luck.uniform(0.2, 0.95)
         with start(*command, f"--out={tmp_path / 'out'}") as process:
+            while not kills and process.poll() is None and not (runs.is_dir() and any(runs.iterdir())):
+                time.sleep(0.005)  # until it has begun its work, however fast this machine is by now
             try:
-                process.communicate(timeout=moment)
+                process.communicate(timeout=moment if kills else 0.01)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
@@ -333,10 +334,10 @@ def test_progress_counts_what_was_there(make):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_a_sample_needs_nothing_but_its_index(people, tmp_path):
+def test_a_sample_needs_nothing_but_its_index(people, tmp_path, luck):
     """The real input: a slice of the full 392,040, in no hurry, equal to Pillow's from labels and assets."""
     out = tmp_path / "out"
-    first = random.Random(os.getpid()).randrange(390_000)
+    first = luck.randrange(390_000)
     report = generate(
         out, people / "bg", people / "fg", people / "fg_mask", Recipe(), samples=(first, first + 2000), workers=2
     )
@@ -348,7 +349,7 @@ def test_a_sample_needs_nothing_but_its_index(people, tmp_path):
             assert (out / path).read_bytes() == data, f"{path}, slice from {first}"
 
 
-def test_the_real_input_once_a_pair(people, tmp_path):
+def test_the_real_input_once_a_pair(people, tmp_path, luck):
     """19,602 samples of which a random thousand are compared with Pillow."""
     out = tmp_path / "out"
     report = generate(
@@ -362,7 +363,7 @@ def test_the_real_input_once_a_pair(people, tmp_path):
         == sum(1 for _ in (out / "fg_bg_masks").rglob("*.jpg"))
         == 19_602
     )
-    for name, x, y in random.Random(os.getpid()).sample(samples, 1000):
+    for name, x, y in luck.sample(samples, 1000):
         for path, data in oracle.expected_files(out, name, x, y).items():
             assert (Path(out) / path).read_bytes() == data, path
 

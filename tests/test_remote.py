@@ -134,7 +134,7 @@ def test_it_is_read_from_there(make, s3, tmp_path, run):
     assert any("can't be read" in fault for fault in verify(url).faults)
 
 
-def test_two_hundred_faults(make, server, s3, tmp_path, monkeypatch, short_shards):
+def test_two_hundred_faults(make, server, s3, tmp_path, monkeypatch, short_shards, luck):
     """Errors, slow answers and cut connections, before, after and inside: the same bytes."""
     from gpufgbg.scaleout import processes
 
@@ -142,7 +142,7 @@ def test_two_hundred_faults(make, server, s3, tmp_path, monkeypatch, short_shard
     monkeypatch.setattr(remote_store, "PART_BYTES", 5 << 20)
     recipe = Recipe(size=(64, 48), foreground_height=20, per_pair=20)  # 480 samples, 72 shards
     make("whole", recipe=recipe)
-    proxy = faults.FaultyProxy(server.get_host_and_port()[1], 200, 1.2, os.getpid())
+    proxy = faults.FaultyProxy(server.get_host_and_port()[1], 200, 1.2, luck.randrange(2**31))
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     monkeypatch.setenv("FSSPEC_S3", json.dumps(fsspec.config.conf["s3"]))
     _forget()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 import subprocess
 import time
@@ -218,7 +217,7 @@ def test_interrupted_and_continued(make, tmp_path, members):
 
 
 @pytest.mark.parametrize("sink", ["zip"])
-def test_the_driver_is_killed_and_started_again(make, folders, tmp_path, sink):
+def test_the_driver_is_killed_and_started_again(make, folders, tmp_path, sink, luck):
     make("whole", device="cpu", sink=sink, recipe=Recipe(size=(192, 144), foreground_height=20, per_pair=30))
     command = [
         *crews.CLI, "generate", *(f"--{name}={folder}" for name, folder in folders.items()),
@@ -226,7 +225,7 @@ def test_the_driver_is_killed_and_started_again(make, folders, tmp_path, sink):
         "--device=cpu,cpu", f"--sink={sink}", "--json",
     ]  # fmt: skip
     records = tmp_path / "out" / ".gpufgbg" / "shards"
-    wanted = random.Random(os.getpid()).randrange(1, 60)
+    wanted = luck.randrange(1, 60)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while process.poll() is None and (not records.is_dir() or len(list(records.iterdir())) < wanted):
             time.sleep(0.002)
