@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gpufgbg import sinks
 from gpufgbg._version import versions
@@ -470,18 +470,18 @@ class _Run:
             made, total = _count(gaps), _count(scope)
             ahead: LabelJob | None = None
             if claimed is not None:
-                engine = driver or make_engine(compositor, target, manifest, self.workers, self.batch_size, model)
+                maker = driver or select_maker(compositor, target, manifest, self.workers, self.batch_size, model)
                 labels: LabelJob | None = None
                 if content.get("labels", True):
                     labels = LabelJob(claimed / "labels", mask_areas(compositor.assets), after)
                 count = _Count(total - made, total, self.progress)
                 try:
-                    if engine.run(gaps, claimed, count.add, labels):
+                    if maker.run(gaps, claimed, count.add, labels):
                         ahead = labels
                     self.lap("samples")
-                    self.timeline.update(engine.timeline)
-                    memory.update(engine.memory)
-                    transferred.update(engine.transferred)
+                    self.timeline.update(maker.timeline)
+                    memory.update(maker.memory)
+                    transferred.update(maker.transferred)
                 except KeyboardInterrupt:
                     raise Interrupted(f"interrupted: {self._safe()}the same command continues") from None
             with manifest.locked():
@@ -534,14 +534,34 @@ class _Count:
             self.progress(self.done, self.total)
 
 
-def make_engine(
+class Maker(Protocol):
+    """What makes samples: the pipeline of a device, or the driver of several.
+
+    Attributes
+    ----------
+    timeline : dict of str to float
+        Seconds by part, after `run`; as `GenerateReport`'s, like ``memory`` and ``transferred``.
+    """
+
+    timeline: dict[str, float]
+    memory: dict[str, int]
+    transferred: dict[str, int]
+
+    def run(self, gaps: Iterable[Shard], folder: Path, made: Callable[[int], None], labels: LabelJob | None) -> bool:
+        """Make the samples of ``gaps``; unfinished shards lie in ``folder``; ``made`` is told how many more
+
+        Returns whether the label files were written too.
+        """
+
+
+def select_maker(
     compositor: Compositor,
     sink: sinks.Sink,
     manifest: Recorder,
     workers: int,
     batch_size: int | None,
     depth: DepthModel | None,
-) -> Any:
+) -> Maker:
     """The pipeline for the compositor's device."""
     backend: Any = compositor.backend
     if backend.name == "cpu":

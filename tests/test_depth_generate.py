@@ -420,15 +420,15 @@ def test_all_engines_are_listed(make, models, tmp_path, monkeypatch):
     make("out", samples=(0, 12), depth=DepthOptions(models / "blur.onnx", batch=3))  # makes nothing
     content = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert content["depth"]["engines"] == [engine(1), engine(5)]
-    original = pipeline.make_engine
+    original = pipeline.select_maker
 
     def meanwhile(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "make_engine", original)
+            patch.setattr(pipeline, "select_maker", original)
             make("out", samples=(20, 24), depth=DepthOptions(models / "blur.onnx", batch=7))
         return original(*arguments)
 
-    monkeypatch.setattr(pipeline, "make_engine", meanwhile)
+    monkeypatch.setattr(pipeline, "select_maker", meanwhile)
     make("out", samples=(12, 20), depth=five)
     content = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert content["depth"]["engines"] == [engine(1), engine(5), engine(7)] and content["complete"]
@@ -711,7 +711,7 @@ def test_generate_names_the_command_that_adds_depth(refused, run, arguments, mod
 
 
 def test_depth_for_a_data_set_without_samples(make, later, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "make_engine", interrupt)
+    monkeypatch.setattr(pipeline, "select_maker", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make("out", depth=None)
     with pytest.raises(DatasetError, match="has no samples yet: make them with gpufgbg generate --depth"):

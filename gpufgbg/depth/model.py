@@ -1,6 +1,6 @@
 """Depth maps of pictures: a network, the engine that runs it, and what is done before and after.
 
-The original data set's way (docs/depth.md): a picture scaled to 0..1 and resized bilinearly to the network's input goes
+The original's way (docs/depth.md): a picture scaled to 0..1 and resized bilinearly to the network's input goes
 through DenseDepth; d = clip(1000 / prediction, 10, 1000) / 1000; then per picture q = (d - min) / (max - min) and
 grey = min(255, floor(256 q)). ``min`` and ``max``, in metres, are kept, so that a grey level leads back to metres.
 """

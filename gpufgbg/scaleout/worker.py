@@ -168,15 +168,15 @@ class _Worker:
 
     def run(self, folder: Path) -> None:
         """Make shards until the driver has none; unfinished ones lie in ``folder``."""
-        from gpufgbg.pipeline import make_engine
+        from gpufgbg.pipeline import select_maker
 
         job, link, compositor = self._job, self._link, self._compositor
         kinds = SAMPLE_KINDS if self._model else SAMPLE_KINDS[:-1]
         sink = sinks.select(job.sink, job.out, compositor.plan, kinds)
-        engine = make_engine(compositor, sink, _Reporter(job.out, link), job.workers, job.batch_size, self._model)
+        maker = select_maker(compositor, sink, _Reporter(job.out, link), job.workers, job.batch_size, self._model)
         with _run_folder(job, folder) as path:
-            engine.run(link.shards(), path, lambda count: link.send("made", count), None)
-        link.send("done", engine.timeline, engine.memory, engine.transferred)
+            maker.run(link.shards(), path, lambda count: link.send("made", count), None)
+        link.send("done", maker.timeline, maker.memory, maker.transferred)
 
 
 @contextlib.contextmanager
