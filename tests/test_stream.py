@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import cutout, smooth
+from test_placed import cuda_compositor, cupy, library  # noqa: F401
 
 import gpufgbg
 from gpufgbg import (
@@ -28,6 +30,7 @@ from gpufgbg import (
     SampleStream,
     generate,
     stream,
+    streaming,
 )
 from gpufgbg.backends import cuda
 from gpufgbg.backends.cpu import encode_jpeg, reconstruct_jpeg
@@ -49,6 +52,17 @@ def assets() -> Assets:
 def compositor(assets: Assets) -> Compositor:
     """90 samples."""
     return Compositor(assets, RECIPE, "cpu", workers=2)
+
+
+@pytest.fixture(params=["cpu", "emulated", "card"])
+def anywhere(request, compositor) -> Compositor:
+    """90 samples on the CPU, by the CUDA backend with its kernels emulated, and on a card."""
+    fixture = {"emulated": "cuda_compositor", "card": "on_card"}.get(request.param)
+    return request.getfixturevalue(fixture) if fixture else compositor
+
+
+def host(array) -> np.ndarray:
+    return array.get() if hasattr(array, "get") else array
 
 
 def indices(batches) -> list[list[int]]:
@@ -253,6 +267,82 @@ def test_a_state_of_something_else_is_refused(compositor, assets):
             part.load_state_dict(wrong)
 
 
+# -- Ctrl-C ---------------------------------------------------------------------------------------------
+
+
+def interrupted(line: int, call) -> bool:
+    """Call it, with a Ctrl-C before the ``line``-th line of streaming.py that runs; whether it came."""
+    seen = 0
+
+    def trace(frame, event, _):
+        nonlocal seen
+        if frame.f_code.co_filename != streaming.__file__:
+            return None
+        seen += event == "line"
+        if event == "line" and seen == line:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("options", [{}, {"reuse": 2}, {"part": (1, 2)}, {"shuffle": False, "drop_last": True}])
+@pytest.mark.parametrize("given", [0, 1])
+def test_ctrl_c_at_any_line_loses_no_batch(anywhere, options, given, monkeypatch):
+    monkeypatch.setattr(streaming, "_LOOK_AHEAD", 12)  # so that the order is computed anew here and there
+    made = {"batch_size": 8, "epochs": 3, "start": 70, "seed": 3, "prefetch": 1, **options}
+    plain = stream(anywhere, **{**made, "reuse": 0})
+    states, whole = [plain.state_dict()], []
+    for batch in itertools.islice(plain, given + 4):
+        whole.append((batch.index.tolist(), host(batch.image)))
+        states.append(plain.state_dict())
+    plain.close()
+    lost = 0
+    for line in itertools.count(1):
+        part = stream(anywhere, **made)
+        for _ in range(given):
+            next(part)
+        came = interrupted(line, lambda stream=part: next(stream))
+        at = states.index(part.state_dict())
+        assert at in ((given, given + 1) if came else (given + 1,)), line
+        lost += came and at == given + 1
+        for (index, image), batch in zip(whole[at : at + 2], part, strict=False):
+            assert batch.index.tolist() == index, line
+            np.testing.assert_array_equal(host(batch.image), image, err_msg=f"line {line}")
+        part.close()
+        if not came:
+            break
+    assert line > 20 and lost <= 2  # on its way out alone, when the state says so
+    assert no_threads_remain()
+
+
+def test_ctrl_c_while_an_order_is_computed(anywhere, monkeypatch):
+    whole = [(batch.epoch, batch.index.tolist()) for batch in stream(anywhere, batch_size=30, seed=1, epochs=4)]
+    part, shuffled, calls = stream(anywhere, batch_size=30, seed=1, epochs=4, prefetch=1), Permutation.__call__, []
+
+    def twice_in_vain(order, positions):
+        calls.append(order)
+        if len(calls) in (2, 3):
+            raise KeyboardInterrupt
+        return shuffled(order, positions)
+
+    monkeypatch.setattr(Permutation, "__call__", twice_in_vain)
+    found = []
+    while not part.ended:
+        with contextlib.suppress(KeyboardInterrupt):
+            batch = next(part)
+            found.append((batch.epoch, batch.index.tolist()))
+    assert found == whole and len(calls) == 6
+
+
 # -- what is in the batches -----------------------------------------------------------------------------
 
 
@@ -341,7 +431,8 @@ def test_depth_that_is_no_number_is_told_and_ends_the_stream(compositor, monkeyp
         for _ in range(5):
             next(part)
     assert no_threads_remain()
-    assert list(part) == []
+    with pytest.raises(OptionError, match=r"^stream: closed by InputError\('--depth demo: .*\), not at its end: "):
+        next(part)
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +537,8 @@ def test_threads_end_with_the_last_epoch_close_and_the_block(compositor):
     assert own_threads()
     part.close()
     assert not own_threads()
-    assert list(part) == []
+    with pytest.raises(OptionError, match=r"^stream: closed, not at its end: [^\n]+$"):
+        list(part)
     assert batch.image.any()
     with stream(compositor) as part, pytest.raises(RuntimeError, match="mine"):
         for _ in part:
@@ -466,7 +558,28 @@ def test_threads_end_when_the_stream_is_forgotten(compositor):
     assert no_threads_remain()
 
 
-def test_an_error_while_rendering_ends_the_stream(assets, monkeypatch):
+def test_a_closed_stream_does_not_look_like_one_at_its_end(anywhere):
+    whole = indices(stream(anywhere, batch_size=40, epochs=1))
+    part = stream(anywhere, batch_size=40, epochs=1)
+    state = part.state_dict()
+    next(part)
+    part.close()
+    for go_on in (lambda: None, lambda: part.load_state_dict(state), lambda: part.set_epoch(0)):
+        go_on()
+        with pytest.raises(OptionError, match=r"^stream: closed, not at its end"):
+            next(part)
+    part = stream(anywhere, batch_size=40, epochs=1)
+    assert indices(itertools.islice(part, len(whole))) == whole
+    assert part.ended
+    part.close()
+    assert list(part) == []
+    part.set_epoch(0)
+    assert not part.ended
+    with pytest.raises(OptionError, match="closed"):
+        list(part)
+
+
+def test_an_error_while_rendering_ends_the_stream(assets, compositor, monkeypatch):
     broken = Compositor(assets, RECIPE, "cpu", workers=2)
     part = stream(broken, batch_size=8)
     next(part)
@@ -475,7 +588,9 @@ def test_an_error_while_rendering_ends_the_stream(assets, monkeypatch):
         for _ in range(9):
             next(part)
     assert not own_threads()
-    assert list(part) == []
+    with pytest.raises(OptionError, match=r"^stream: closed by ZeroDivisionError\('division by zero'\), not at its"):
+        list(part)
+    assert stream(compositor, batch_size=8).state_dict().keys() == part.state_dict().keys()
 
 
 def test_a_forked_process_goes_on_with_threads_of_its_own(compositor):
@@ -581,7 +696,7 @@ def test_a_card_gives_the_depth_of_its_model(on_card, depth_input):
 
 @pytest.mark.parametrize("given", ["object", "pointer", "current", "null"])
 def test_a_card_works_on_the_streams_it_is_told(on_card, compositor, given):
-    import cupy
+    import cupy  # noqa: F811
 
     own = cupy.cuda.Stream(non_blocking=True)
     option = {"object": own, "pointer": own.ptr, "current": None, "null": 0}[given]
@@ -595,7 +710,7 @@ def test_a_card_works_on_the_streams_it_is_told(on_card, compositor, given):
 
 
 def test_device_memory_is_flat(on_card):
-    import cupy
+    import cupy  # noqa: F811
 
     part, pool = stream(on_card, batch_size=16), cupy.get_default_memory_pool()
     for _ in itertools.islice(part, 100):
