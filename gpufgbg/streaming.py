@@ -385,8 +385,9 @@ class SampleStream:
         return self._schedule.take(self._place.epoch, self._place.position)[0] is None
 
     def __len__(self) -> int:
-        """Batches of one whole epoch, of this rank."""
-        return self._schedule.length
+        """Batches of one whole epoch, of this rank; with ``part``, those of an epoch that its turns begin with."""
+        turn, turns = self._part
+        return max(0, -(-(self._schedule.length - turn) // turns))
 
     def set_epoch(self, epoch: int) -> None:
         """Go on with the first batch of ``epoch``; what is rendered ahead is let go.
@@ -721,7 +722,9 @@ def stream(
         if foregrounds is not None or masks is not None:
             raise OptionError("foregrounds", f"got folders, {type(source).__name__} has its own: leave them out")
         if isinstance(source, Compositor):
-            if recipe is not None or workers is not None or device not in ("auto", source.backend.name):
+            own = source.backend.name
+            there = device in ("auto", own) or (device, own) == ("cuda", "cuda:0")
+            if recipe is not None or workers is not None or not there:
                 raise OptionError("source", "a Compositor has its own recipe, device and workers: leave them out")
             compositor = source
         else:

@@ -180,6 +180,9 @@ def test_processes_that_take_turns_give_the_batches_in_order(compositor, parts, 
     ]
     for k, turn in enumerate(turns):
         assert turn == whole[k::parts]
+        once = stream(compositor, batch_size=batch_size, epochs=1, rank=1, world=2, part=(k, parts))
+        assert len(once) == len(list(once))
+    assert len(stream(compositor, batch_size=16, part=(0, 3))) == 2
 
 
 def test_it_never_ends_by_itself(compositor):
@@ -518,6 +521,8 @@ def test_options_that_contradict_each_other_are_refused(compositor, folders, on_
         stream(on_disk, masks=folders["masks"])
     with pytest.raises(OptionError, match="source: a Compositor has its own"):
         stream(compositor, recipe=RECIPE)
+    with pytest.raises(OptionError, match="source: a Compositor has its own"):
+        stream(compositor, device="cuda")
     with pytest.raises(DatasetError, match=r"no dataset\.json"):
         stream(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
@@ -707,6 +712,16 @@ def test_a_card_works_on_the_streams_it_is_told(on_card, compositor, given):
     (cupy.cuda.Stream.null if given == "null" else own).synchronize()
     for found, other in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(found.image.get(), other.image)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "auto"])
+@pytest.mark.parametrize("kind", ["cuda_compositor", "on_card"])
+def test_the_first_card_has_two_names(request, kind, name):
+    found = request.getfixturevalue(kind)
+    assert stream(found, device=name).device == found.backend.name == "cuda:0"
+    for other in ("cuda:1", "cpu"):
+        with pytest.raises(OptionError, match="source: a Compositor has its own"):
+            stream(found, device=other)
 
 
 def test_device_memory_is_flat(on_card):
