@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,8 @@ _CHUNK = 32  # samples that a thread renders at a time: their frames (6 MB at 22
 _ALIGNMENT = 64  # bytes
 _LOOK_AHEAD = 16_384  # positions of the shuffled order that are computed at a time
 _MOST = 2**62  # epochs, positions
+_DECIDING = ("per_pair", "flip", "size", "seed")  # of a recipe: what decides samples, beside the prepared pictures
+_fingerprints: WeakKeyDictionary[Assets, str] = WeakKeyDictionary()
 
 StrPath = str | os.PathLike[str]
 
@@ -408,10 +411,11 @@ class SampleStream:
 
         ``epoch``, and ``position``, how many of its samples all ranks together have taken. It is the same on every
         rank after as many batches, so one may keep it for all (without ``drop_last``, not in the last round of an
-        epoch that gives some ranks no batch). The rest says what it goes with.
+        epoch that gives some ranks no batch). The rest says what it goes with: seed and shuffling, the recipe's
+        fields that decide samples, and a fingerprint of the prepared pictures, which is computed once.
         """
         epoch, position, _ = self._place
-        return {"epoch": epoch, "position": position, **self._identity()}
+        return {"epoch": epoch, "position": position, **self._identity(), **self._data()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the stream was whose `state_dict` this is; what is rendered ahead is let go.
@@ -422,7 +426,8 @@ class SampleStream:
         Raises
         ------
         OptionError
-            The state is of another number of samples, seed or shuffling, or no state at all.
+            The state is of another number of samples, seed or shuffling, of another recipe or other pictures, or no
+            state at all. (States of versions that kept neither recipe nor pictures are not checked for them.)
         """
         expected = self._identity()
         if not isinstance(state, dict) or not {"epoch", "position", *expected} <= state.keys():
@@ -430,6 +435,7 @@ class SampleStream:
         for name, value in expected.items():
             if state[name] != value:
                 raise OptionError("state", f"{name} is {state[name]!r} there and {value!r} here")
+        self._check_data(state)
         epoch, position = (_whole("state", state[name], 0, _MOST) for name in ("epoch", "position"))
         if position > self.samples:
             raise OptionError("state", f"position is {position}, expected 0 to {self.samples}")
@@ -438,6 +444,30 @@ class SampleStream:
 
     def _identity(self) -> dict[str, Any]:
         return {"samples": self.samples, "shuffle": self.shuffle, "seed": self.seed}
+
+    def _data(self) -> dict[str, Any]:
+        """What decides the samples themselves, but for a blend of the user's own."""
+        recipe, assets = self.compositor.recipe.to_dict(), self.compositor.assets
+        if assets not in _fingerprints:
+            _fingerprints[assets] = assets.fingerprint()[:16]
+        return {"recipe": {name: recipe[name] for name in _DECIDING}, "pictures": _fingerprints[assets]}
+
+    def _check_data(self, state: dict[str, Any]) -> None:
+        """`OptionError` where a state says that it is of another recipe or of other pictures."""
+        if not {"recipe", "pictures"} & state.keys():
+            return
+        here = self._data()
+        recipe, pictures = (state.get(name, here[name]) for name in ("recipe", "pictures"))
+        if not isinstance(recipe, dict):
+            raise OptionError("state", f"got a recipe {recipe!r}, expected what state_dict gives")
+        for name, value in here["recipe"].items():
+            if recipe.get(name) != value:
+                raise OptionError("state", f"the recipe's {name} is {recipe.get(name)!r} there and {value!r} here")
+        if pictures != here["pictures"]:
+            raise OptionError(
+                "state",
+                f"it is of other pictures: their fingerprint is {pictures!r} there and {here['pictures']!r} here",
+            )
 
     # -- batches ------------------------------------------------------------------------------------
 

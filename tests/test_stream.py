@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -265,9 +266,51 @@ def test_a_state_of_something_else_is_refused(compositor, assets):
         with pytest.raises(OptionError, match=f"state: {message}"):
             other.load_state_dict(state)
     part = stream(compositor, seed=1)
-    for wrong in ({}, None, {**state, "epoch": -1}, {**state, "position": 91}, {**state, "position": 1.5}):
+    next(part)
+    at = part.state_dict()
+    for wrong in (
+        {},
+        None,
+        {**state, "recipe": None},
+        {**state, "recipe": {}},
+        {**state, "epoch": -1},
+        {**state, "position": 91},
+        {**state, "position": 1.5},
+    ):
         with pytest.raises(OptionError, match="state"):
             part.load_state_dict(wrong)
+    assert part.state_dict() == at  # nothing changed
+
+
+def test_a_state_of_other_samples_is_refused(assets, compositor):
+    state = json.loads(json.dumps(stream(compositor).state_dict()))
+    other_pictures = Assets.from_arrays(
+        assets.backgrounds[::-1], [assets.foreground(f) for f in range(3)], [assets.mask(f) for f in range(3)]
+    )
+    same_pictures = Assets.from_arrays(
+        assets.backgrounds, [assets.foreground(f) for f in range(3)], [assets.mask(f) for f in range(3)]
+    )
+    placed = replace(RECIPE, seed=77)
+    for other, recipe, message in (
+        (other_pictures, RECIPE, r"it is of other pictures: their fingerprint is '\w{16}' there and '\w{16}' here$"),
+        (assets, placed, "the recipe's seed is 4 there and 77 here$"),
+        (assets, replace(RECIPE, per_pair=6, flip="never"), "the recipe's per_pair is 3 there and 6 here$"),
+    ):
+        part = stream(Compositor(other, recipe, "cpu"))
+        with pytest.raises(OptionError, match=f"^state: {message}"):
+            part.load_state_dict(state)
+        older = {name: value for name, value in state.items() if name not in ("recipe", "pictures")}
+        part.load_state_dict(older)
+    for quality in (RECIPE.quality, 10):  # of files alone
+        stream(same_pictures, recipe=replace(RECIPE, quality=quality), device="cpu").load_state_dict(state)
+
+
+def test_pictures_are_fingerprinted_once(compositor, monkeypatch):
+    state = stream(compositor).state_dict()
+    monkeypatch.setattr(Assets, "fingerprint", lambda self: 1 / 0)
+    part = stream(compositor)
+    part.load_state_dict(state)
+    assert part.state_dict() == state
 
 
 # -- Ctrl-C ---------------------------------------------------------------------------------------------
