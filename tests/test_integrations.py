@@ -11,11 +11,22 @@ import sys
 import threading
 from pathlib import Path
 
+import blends
 import numpy as np
 import pytest
 from conftest import cutout, smooth
 
-from gpufgbg import Assets, Compositor, DepthModel, DepthOptions, OptionError, Recipe, generate, stream
+from gpufgbg import (
+    Assets,
+    Compositor,
+    DepthModel,
+    DepthOptions,
+    InputError,
+    OptionError,
+    Recipe,
+    generate,
+    stream,
+)
 from gpufgbg.backends import cuda
 from gpufgbg.normalise import normalise
 
@@ -174,6 +185,47 @@ def test_processes_that_are_not_forked(torch, dataset, context):
     assert indices(pickle.loads(pickle.dumps(data))) == found
 
 
+@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver", "pickle", "deepcopy"])
+def test_a_blend_goes_along(torch, dataset, assets, how):
+    plain = Compositor(assets, RECIPE, "cpu")
+    for function in (blends.inverted, blends.darker) if how == "pickle" else (blends.inverted,):
+        mine = Compositor(assets, RECIPE, "cpu", 3, function)
+        data = dataset(mine, batch_size=90, shuffle=False)
+        assert data.compositor is mine and mine.blend.function.__name__ == getattr(function, "__name__", "")
+        if how in ("fork", "spawn", "forkserver"):
+            batches = loader(torch, data, 1, multiprocessing_context=how)
+        else:
+            batches = pickle.loads(pickle.dumps(data)) if how == "pickle" else copy.deepcopy(data)
+            assert batches.compositor is not mine and batches.compositor.workers == 3
+        (batch,) = batches
+        expected = mine.render(range(90)).image
+        np.testing.assert_array_equal(batch["image"].numpy(), expected)
+        assert (expected != plain.render(range(90)).image).any()
+    assert plain.blend is None and dataset(plain).compositor is plain
+
+
+def test_a_blend_without_a_name_stays_where_processes_are_forked(torch, dataset, assets):
+    data = dataset(Compositor(assets, RECIPE, "cpu", blend=lambda fg, bg, alpha, x, y: 255 - bg), batch_size=90)
+    (expected,) = data
+    for batches in (loader(torch, data, 1, multiprocessing_context="fork"), copy.deepcopy(data)):
+        assert torch.equal(next(iter(batches))["image"], expected["image"])
+    said = r"^blend: <lambda> can't go to a process that is not forked: [^\n]+$"
+    with pytest.raises(OptionError, match=said):
+        pickle.dumps(data)
+    with pytest.raises(OptionError, match=said):
+        iter(loader(torch, data, 1, multiprocessing_context="spawn"))
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_kept_processes_see_the_epoch_of_a_copy(torch, dataset, how):
+    data = dataset(batch_size=90)
+    data = pickle.loads(pickle.dumps(data)) if how == "pickle" else copy.deepcopy(data)
+    kept = loader(torch, data, 1, persistent_workers=True)
+    first = indices(kept)
+    data.set_epoch(1)
+    assert indices(kept) == indices(data) != first
+
+
 def test_processes_that_are_kept_see_the_epoch(torch, dataset):
     data = dataset(batch_size=20)
     kept = loader(torch, data, 2, persistent_workers=True)
@@ -193,6 +245,21 @@ def test_depth_in_worker_processes(torch, dataset):
     assert torch.equal(next(iter(dataset(depth=model, batch_size=4)))["depth"], expected["depth"])
     with pytest.raises(Exception, match="expected DepthOptions"):
         next(iter(loader(torch, dataset(depth=model), 1)))
+    for alone in (
+        pickle.dumps,
+        copy.deepcopy,
+        lambda data: iter(loader(torch, data, 1, multiprocessing_context="spawn")),
+    ):
+        with pytest.raises(OptionError, match=r"^depth: got a DepthModel, which stays in its process: [^\n]+$"):
+            alone(dataset(depth=model))
+    spawned = loader(torch, dataset(depth="demo", batch_size=4), 1, multiprocessing_context="spawn")
+    assert torch.equal(next(iter(spawned))["depth"], expected["depth"])
+
+
+def test_weights_that_are_not_there_are_told_at_once(torch, dataset, tmp_path):
+    for name in ("nope.h5", "nope.onnx"):
+        with pytest.raises(InputError, match=rf"^--depth .*{name}: can't be read: No such file"):
+            dataset(depth=tmp_path / name)
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -25,6 +25,7 @@ from gpufgbg.compositor import Compositor
 from gpufgbg.depth.model import DepthModel
 from gpufgbg.depth.options import DepthOptions
 from gpufgbg.depth.processing import Triple
+from gpufgbg.depth.sources import NetworkSource, open_source
 from gpufgbg.exceptions import DeviceError, OptionError
 from gpufgbg.integrations.convert import Conversion
 from gpufgbg.recipe import Recipe, _whole
@@ -87,6 +88,9 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
         The rest of `gpufgbg.stream`'s: ``batch_size``, ``shuffle``, ``seed``, ``metres``, ``reuse``, ``prefetch``. In
         worker processes every batch is new arrays, whatever ``reuse`` says.
 
+    It can be copied and pickled, and so used with spawned worker processes; there a blend of the user's own has to be
+    a function that a module defines at its top level.
+
     Yields
     ------
     dict of str to Tensor
@@ -147,8 +151,13 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
         first = stream(source, foregrounds, masks, recipe, device=device, workers=workers, **self._ranks, **options)
         self._compositor: Compositor | None = first.compositor
         self._assets, self._recipe, self._device = first.compositor.assets, first.compositor.recipe, first.device
+        self._blend = first.compositor.blend
+        self._threads = source.workers if isinstance(source, Compositor) else workers
         self._length = len(first)
         self._depth = depth if depth is None or isinstance(depth, DepthModel) else DepthOptions.of(depth)
+        self._source: NetworkSource | None = None
+        if isinstance(self._depth, DepthOptions):
+            self._source = open_source(self._depth, self._recipe.size)  # what is amiss is told here
         self._model: tuple[int, DepthModel] | None = None
         Conversion(layout, dtype=dtype, labels=labels)  # told before what depends on it
         if layout != "uint8 NHWC" and (mean is None or std is None):
@@ -199,9 +208,28 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
         """A new iteration; several may run side by side."""
         return StreamIterator(self)
 
+    @property
+    def compositor(self) -> Compositor:
+        """What makes the samples, with assets, recipe and blend; in another process made again when first needed."""
+        if self._compositor is None:
+            self._compositor = Compositor(self._assets, self._recipe, self._device, self._threads, self._blend)
+        return self._compositor
+
     def __getstate__(self) -> dict[str, Any]:
-        """For processes that are spawned: without what lives in this process; it is made again there."""
-        return {**self.__dict__, "_compositor": None, "_model": None}
+        """For copies, and processes that are not forked: without what lives in this process; it is made again there.
+
+        Raises
+        ------
+        OptionError
+            Depth is predicted by a `DepthModel`, or a blend's function has no name in another process.
+        """
+        if isinstance(self._depth, DepthModel):
+            raise OptionError("depth", "got a DepthModel, which stays in its process: expected DepthOptions")
+        return {**self.__dict__, "_compositor": None, "_source": None, "_model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # no copy is
 
     def _open(self, epoch: int, end: int | None, position: int) -> SampleStream:
         """The stream of an iteration in this process."""
@@ -216,16 +244,16 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
             if isinstance(self._depth, DepthModel):
                 raise OptionError("depth", "got a DepthModel, with worker processes expected DepthOptions")
             options.update(part=(worker.id, worker.num_workers), reuse=0)
-        if self._compositor is None:
-            self._compositor = Compositor(self._assets, self._recipe, self._device, self._workers)
+        compositor = self.compositor
         if worker is not None and self._workers is None:
-            self._compositor.workers = 1
+            compositor.workers = 1
         depth = self._depth
         if isinstance(depth, DepthOptions):
             if self._model is None or self._model[0] != os.getpid():
-                self._model = os.getpid(), DepthModel(depth, self._recipe.size, self._device, 1)
+                made = DepthModel(depth, self._recipe.size, self._device, 1, source=self._source)
+                self._model = os.getpid(), made
             depth = self._model[1]
-        return stream(self._compositor, epoch=epoch, start=position, epochs=end, depth=depth, **options)
+        return stream(compositor, epoch=epoch, start=position, epochs=end, depth=depth, **options)
 
 
 class StreamIterator:
