@@ -318,6 +318,17 @@ def test_an_iteration_continues_exactly(torch, dataset):
         first.load_state_dict({})
 
 
+@pytest.mark.parametrize("wrong", [{"end": "x"}, {"end": -1}, {"end": True}, {"position": 91}, {"seed": 9}])
+def test_a_state_that_is_refused_leaves_an_iteration_as_it_is(torch, dataset, wrong):
+    whole, part = indices(dataset(batch_size=7)), iter(dataset(batch_size=7))
+    next(part)
+    state = part.state_dict()
+    with pytest.raises(OptionError, match=f"^state: {next(iter(wrong))} is "):
+        part.load_state_dict({**state, **wrong})
+    assert part.state_dict() == state
+    assert indices(part) == whole[1:]
+
+
 def test_an_endless_data_set(torch, dataset):
     data = dataset(epochs=None, batch_size=45)
     with pytest.raises(TypeError, match="no length"):

@@ -294,11 +294,14 @@ class StreamIterator:
         """
         if not isinstance(state, dict) or "end" not in state:
             raise OptionError("state", f"got {state!r}, expected what state_dict gives")
-        self._stream.load_state_dict(state)  # before anything changes
-        self._end = state["end"]
+        end = state["end"]
+        if end is not None and (isinstance(end, bool) or not isinstance(end, int) or end < 0):
+            raise OptionError("state", f"end is {end!r}, expected an epoch, or None for no end")
+        self._stream.load_state_dict(state)  # a state that is refused changes nothing
+        opened = self._dataset._open(state["epoch"], end, 0)
+        opened.load_state_dict(state)
         self._stream.close()
-        self._stream = self._dataset._open(state["epoch"], self._end, 0)
-        self._stream.load_state_dict(state)
+        self._stream, self._end = opened, end
 
     def close(self) -> None:
         """End it, and its threads."""
