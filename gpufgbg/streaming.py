@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.assets import Assets, prepare
-from gpufgbg.backends.cuda import as_stream
+from gpufgbg.backends.cuda import as_stream, is_on_card
 from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.depth.model import DepthMaps, DepthModel
 from gpufgbg.depth.options import DepthOptions
@@ -39,6 +39,7 @@ __all__ = ["SampleStream", "StreamBatch", "aligned", "stream"]
 
 _CHUNK = 32  # samples that a thread renders at a time: their frames (6 MB at 224x224) stay in the cache
 _ALIGNMENT = 64  # bytes
+_UPLOAD_ALIGNMENT = 256  # bytes, as of memory of its own on a card: some libraries ask for it
 _LOOK_AHEAD = 16_384  # positions of the shuffled order that are computed at a time
 _MOST = 2**62  # epochs, positions
 _DECIDING = ("per_pair", "flip", "size", "seed")  # of a recipe: what decides samples, beside the prepared pictures
@@ -74,14 +75,68 @@ class StreamBatch:
     epoch: int
     depth: DepthMaps | None
     _plan: Plan = field(repr=False)
+    _cuda_stream: Any = field(default=None, repr=False)
 
     @cached_property
     def labels(self) -> Placements:
-        """Background, foreground, repetition, flip, x and y of each sample; in the host's memory."""
+        """Index, background, foreground, repetition, flip, x and y of each sample; in the host's memory, NumPy.
+
+        Made when first asked for, as are the two below.
+        """
         return self._plan.placements(self.index)
+
+    @property
+    def device_labels(self) -> Placements:
+        """The fields of `labels`, of the same dtypes, in the images' memory: on the CPU `labels` itself.
+
+        On a card CuPy's arrays. They and `boxes` are copied there in one piece when one of them is first asked for,
+        on the stream's `cuda_stream` or, without one, on CuPy's current stream.
+        """
+        return self._there[0]
+
+    @property
+    def boxes(self) -> Any:
+        """(N, 4) int32, in the images' memory: x0, y0, x1, y1 of each foreground in pixels, the ends exclusive.
+
+        It is the rectangle of the foreground's whole picture, also where its mask is empty at the edge.
+        """
+        return self._there[1]
+
+    @cached_property
+    def _there(self) -> tuple[Placements, Any]:
+        labels, f = self.labels, self.labels.foreground
+        right, bottom = labels.x + self._plan.foreground_widths[f], labels.y + self._plan.foreground_heights[f]
+        boxes = np.stack([labels.x, labels.y, right, bottom], axis=1).astype(np.int32)
+        if not is_on_card(self.image):
+            return labels, boxes
+        with self.image.device, _current(self._cuda_stream):
+            return _uploaded(labels, boxes)
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+def _uploaded(labels: Placements, boxes: npt.NDArray[np.int32]) -> tuple[Placements, Any]:
+    """Labels and boxes as parts of one new array on the current device, by one copy on CuPy's current stream."""
+    import cupy
+
+    arrays: dict[str, Any] = {each.name: getattr(labels, each.name) for each in fields(labels)} | {"boxes": boxes}
+    parts, size = {}, 0
+    for name, array in arrays.items():
+        parts[name] = slice(size, size + array.nbytes)
+        size += -(-array.nbytes // _UPLOAD_ALIGNMENT) * _UPLOAD_ALIGNMENT
+    packed = np.zeros(size, np.uint8)
+    for name, array in arrays.items():
+        packed[parts[name]] = array.reshape(-1).view(np.uint8)
+    memory = cupy.asarray(packed)
+    there = {name: memory[parts[name]].view(array.dtype).reshape(array.shape) for name, array in arrays.items()}
+    found = there.pop("boxes")
+    return Placements(**there), found
+
+
+def _current(cuda_stream: Any) -> AbstractContextManager[Any]:
+    """Makes a stream's `cuda_stream` CuPy's current one, where it has one."""
+    return contextlib.nullcontext() if cuda_stream is None else cuda_stream
 
 
 class _Deferred:
@@ -518,7 +573,7 @@ class SampleStream:
             import cupy
 
             backend: Any = self.compositor.backend
-            with backend.device, self._current():
+            with backend.device, _current(self._cuda_stream):
                 cupy.cuda.get_current_stream().synchronize()
 
     def _take(self, place: _Place) -> tuple[_Span, npt.NDArray[np.int64], _Place] | None:
@@ -575,7 +630,7 @@ class SampleStream:
     def _next_on_card(self) -> tuple[StreamBatch, _Place] | None:
         """The next batch, and where the stream is after it."""
         backend: Any = self.compositor.backend
-        with backend.device, self._current():
+        with backend.device, _current(self._cuda_stream):
             self._check_faults(wait=False)
             taken = self._take(self._place)
             if taken is None:
@@ -592,10 +647,8 @@ class SampleStream:
                 maps = self._model.maps(seen, self._metres)
                 depth = DepthMaps(maps.grey, maps.range, maps.metres)
                 self._faults.append((maps.faults, cupy.cuda.get_current_stream().record(), index))
-        return StreamBatch(image, mask, index, span.epoch, depth, self.compositor.plan), after
-
-    def _current(self) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._cuda_stream is None else self._cuda_stream
+        plan = self.compositor.plan
+        return StreamBatch(image, mask, index, span.epoch, depth, plan, self._cuda_stream), after
 
     def _check_faults(self, wait: bool) -> None:
         """Look for values that are no numbers in the depth of batches that the card is done with."""

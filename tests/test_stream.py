@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -406,6 +406,38 @@ def test_batches_equal_those_of_the_compositor(compositor, batch_size, reuse):
         assert batch.depth is None
 
 
+def test_labels_and_boxes_are_where_the_images_are(anywhere, assets):
+    types = {"index": np.int64, "flip": np.bool_}
+    for batch in stream(anywhere, batch_size=32, epochs=1):
+        labels, there = batch.labels, batch.device_labels
+        for field in fields(labels):
+            one, other = getattr(labels, field.name), getattr(there, field.name)
+            assert type(one) is np.ndarray and type(other) is type(batch.image)
+            assert one.dtype == other.dtype == types.get(field.name, np.int32) and one.shape == other.shape
+            np.testing.assert_array_equal(host(other), one)
+        assert type(batch.boxes) is type(batch.image) and batch.boxes.dtype == np.int32
+        boxes, image = host(batch.boxes), host(batch.image)
+        assert boxes.shape == (len(batch), 4)
+        for n, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+            foreground = assets.foreground(labels.foreground[n])
+            assert (x0, y0) == (labels.x[n], labels.y[n]) and (y1 - y0, x1 - x0) == foreground.shape[:2]
+            background = assets.backgrounds[labels.background[n]].copy()
+            assert (image[n] != background).any()
+            background[y0:y1, x0:x1] = image[n, y0:y1, x0:x1]
+            np.testing.assert_array_equal(image[n], background)
+
+
+def test_labels_and_boxes_go_to_a_card_in_one_copy(cuda_compositor, monkeypatch):  # noqa: F811
+    import cupy  # noqa: F811
+
+    batches, copied, asarray = list(stream(cuda_compositor, batch_size=32, epochs=1)), [], cupy.asarray
+    monkeypatch.setattr(cupy, "asarray", lambda array: copied.append(array) or asarray(array))
+    for count, batch in enumerate(batches, 1):
+        assert not {"labels", "_there"} & vars(batch).keys()  # made when asked for
+        assert batch.boxes is batch.boxes and batch.device_labels is batch.device_labels
+        assert len(copied) == count
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("prefetch", [1, 4])
 def test_threads_and_prefetching_do_not_matter(assets, compositor, workers, prefetch):
@@ -752,9 +784,11 @@ def test_a_card_works_on_the_streams_it_is_told(on_card, compositor, given):
     expected = stream(compositor, batch_size=40, epochs=1)
     with own if given == "current" else cupy.cuda.Stream.null:
         batches = list(part)
+        boxes = [batch.boxes for batch in batches]
     (cupy.cuda.Stream.null if given == "null" else own).synchronize()
-    for found, other in zip(batches, expected, strict=True):
+    for found, box, other in zip(batches, boxes, expected, strict=True):
         np.testing.assert_array_equal(found.image.get(), other.image)
+        np.testing.assert_array_equal(box.get(), other.boxes)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "auto"])
