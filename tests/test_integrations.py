@@ -48,6 +48,13 @@ def compositor(assets: Assets) -> Compositor:
     return Compositor(assets, RECIPE, "cpu", workers=2)
 
 
+@pytest.fixture(scope="module")
+def on_disk(folders, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("integrations") / "out"
+    generate(out, *folders.values(), RECIPE, device="cpu")
+    return out
+
+
 def flat(batches) -> list[int]:
     return list(itertools.chain.from_iterable(indices(batches)))
 
@@ -446,6 +453,23 @@ def test_jax_gets_normalised_batches(jax, compositor, dtype):
     within = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
     np.testing.assert_allclose(found.astype(np.float32), (own / np.float32(255) - mean) / std, rtol=0, atol=within)
     part.close()
+
+
+def test_jax_normalises_by_the_data_sets_own_statistics(jax, compositor, on_disk):
+    from gpufgbg.integrations.jax import JaxStream
+
+    with JaxStream(on_disk, device="cpu", layout="float NCHW", batch_size=24, epochs=1, shuffle=False) as part:
+        known = part.stream.statistics["composite"]
+        assert (part.conversion.mean, part.conversion.std) == (known.mean, known.std)
+        everything = np.concatenate([np.asarray(batch["image"]) for batch in part])
+    np.testing.assert_allclose(everything.mean((0, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(everything.std((0, 2, 3)), 1, atol=1e-5)
+    mine = JaxStream(on_disk, device="cpu", layout="float NCHW", mean=0.25)
+    assert (mine.conversion.mean, mine.conversion.std) == (0.25, known.std)
+    for given in ({}, {"mean": 0.5}, {"std": 0.5}):
+        with pytest.raises(OptionError, match="mean: needed with std for layout 'float NHWC'"):
+            JaxStream(compositor, layout="float NHWC", **given)
+    assert JaxStream(compositor).conversion.layout == "uint8 NHWC"
 
 
 def test_jax_on_a_card(jax, assets, compositor):

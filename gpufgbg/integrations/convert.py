@@ -9,6 +9,7 @@ import numpy as np
 
 from gpufgbg.depth.processing import Triple
 from gpufgbg.exceptions import OptionError
+from gpufgbg.moments import Moments
 from gpufgbg.normalise import check, normalise
 from gpufgbg.streaming import StreamBatch, aligned
 
@@ -51,6 +52,35 @@ class Conversion:
         if not isinstance(self.labels, bool):
             raise OptionError("labels", f"got {self.labels!r}, expected True or False")
         check(self.mean, self.std, self.dtype, "NCHW")
+
+    @classmethod
+    def of(
+        cls,
+        layout: str,
+        mean: float | Triple | None,
+        std: float | Triple | None,
+        dtype: str,
+        labels: bool,
+        known: Moments | None,
+    ) -> Conversion:
+        """Like the constructor; mean and std may be left to the composites' own, ``known`` of a data set on disk.
+
+        Raises
+        ------
+        OptionError
+            A value is out of range, or mean or std is needed and nobody knows it.
+        """
+        cls(layout, dtype=dtype, labels=labels)  # told before what depends on it
+        if layout != LAYOUTS[0] and (mean is None or std is None):
+            if known is None or not known.pixels:
+                raise OptionError(
+                    "mean",
+                    f"needed with std for layout {layout!r}: only a data set on disk knows its own; "
+                    "gpufgbg.mean_std counts them",
+                )
+            mean = known.mean if mean is None else mean  # type: ignore[assignment]
+            std = known.std if std is None else std  # type: ignore[assignment]
+        return cls(layout, 0.0 if mean is None else mean, 1.0 if std is None else std, dtype, labels)
 
     @property
     def is_bfloat16(self) -> bool:

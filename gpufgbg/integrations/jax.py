@@ -41,8 +41,8 @@ class JaxStream:
         As for `gpufgbg.stream`.
     layout : {"uint8 NHWC", "float NCHW", "float NHWC"}
         Of the images: as they are rendered, or normalised in one pass: ``(value / 255 - mean) / std``.
-    mean, std : float or (float, float, float)
-        Over values scaled to 0..1.
+    mean, std : float or (float, float, float), optional
+        Over values scaled to 0..1. Default: those of the composites, where ``source`` is a data set on disk.
     dtype : {"float32", "float16", "bfloat16"}
         Of float images. bfloat16 is copied once more by JAX.
     labels : bool
@@ -63,7 +63,7 @@ class JaxStream:
     DeviceError
         JAX is not installed, or the device can't be used.
     OptionError, InputError, DatasetError
-        As for `gpufgbg.stream`.
+        As for `gpufgbg.stream`; or ``mean`` and ``std`` are missing.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class JaxStream:
         recipe: Recipe | None = None,
         *,
         layout: str = "uint8 NHWC",
-        mean: float | Triple = 0.0,
-        std: float | Triple = 1.0,
+        mean: float | Triple | None = None,
+        std: float | Triple | None = None,
         dtype: str = "float32",
         labels: bool = False,
         rank: int | None = None,
@@ -83,7 +83,6 @@ class JaxStream:
         **options: Any,
     ) -> None:
         self._jax = _jax()
-        self.conversion = Conversion(layout, mean, std, dtype, labels)
         if rank is None and world is None:
             rank, world = self._jax.process_index(), self._jax.process_count()
         if "reuse" in options:
@@ -91,6 +90,8 @@ class JaxStream:
         self.stream = stream(
             source, foregrounds, masks, recipe, rank=rank or 0, world=1 if world is None else world, **options
         )
+        known = self.stream.statistics.get("composite")
+        self.conversion = Conversion.of(layout, mean, std, dtype, labels, known)
 
     def __len__(self) -> int:
         """Batches of one whole epoch, of this process."""

@@ -159,22 +159,8 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
         if isinstance(self._depth, DepthOptions):
             self._source = open_source(self._depth, self._recipe.size)  # what is amiss is told here
         self._model: tuple[int, DepthModel] | None = None
-        Conversion(layout, dtype=dtype, labels=labels)  # told before what depends on it
-        if layout != "uint8 NHWC" and (mean is None or std is None):
-            known = first.statistics.get("composite")
-            if known is None or not known.pixels:
-                raise OptionError(
-                    "mean",
-                    f"needed with std for layout {layout!r}: only a data set on disk knows its own; "
-                    "gpufgbg.mean_std counts them",
-                )
-            mean, std = (
-                known.mean if mean is None else mean,  # type: ignore[assignment]
-                known.std if std is None else std,  # type: ignore[assignment]
-            )
-        self.conversion = Conversion(
-            layout, 0.0 if mean is None else mean, 1.0 if std is None else std, dtype, labels
-        )
+        known = first.statistics.get("composite")
+        self.conversion = Conversion.of(layout, mean, std, dtype, labels, known)
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # seen by workers that live on
 
     def __len__(self) -> int:
