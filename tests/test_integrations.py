@@ -163,6 +163,13 @@ def test_torch_gets_labels_depth_and_tuples(torch, dataset, compositor):
     own = next(stream(compositor, depth="demo", batch_size=4))
     for name in ("background", "foreground", "repetition", "flip", "x", "y"):
         np.testing.assert_array_equal(batch[name].numpy(), getattr(own.labels, name))
+        assert batch[name].dtype == (torch.bool if name == "flip" else torch.int32)
+    np.testing.assert_array_equal(batch["boxes"].numpy(), own.boxes)
+    assert batch["boxes"].dtype == torch.int32 and batch["boxes"].shape == (4, 4)
+    (spread,) = loader(torch, dataset(labels=True, batch_size=90), 1)
+    whole = next(stream(compositor, batch_size=90))
+    np.testing.assert_array_equal(spread["boxes"].numpy(), whole.boxes)
+    np.testing.assert_array_equal(spread["flip"].numpy(), whole.labels.flip)
     for name, array in (("depth", own.depth.grey), ("depth_range", own.depth.range), ("metres", own.depth.metres)):
         np.testing.assert_array_equal(batch[name].numpy(), array)
     image, mask, depth = next(iter(dataset(as_tuple=True, depth="demo", metres=False, batch_size=4)))
@@ -403,12 +410,16 @@ def test_torch_on_a_card(torch, assets, compositor):
     for given in (torch.cuda.current_stream(), side):
         with torch.cuda.stream(given):
             plain = list(StreamDataset(assets, recipe=RECIPE, batch_size=40, device="cuda"))
+            labelled = list(StreamDataset(assets, recipe=RECIPE, batch_size=40, device="cuda", labels=True))
             options = {"layout": "float NCHW", "dtype": "bfloat16", "device": "cuda", **IMAGENET}
             floats = list(StreamDataset(assets, recipe=RECIPE, batch_size=40, **options))
             sums = [batch["image"].to(torch.int64).sum() for batch in plain]  # on the same stream
         given.synchronize()
         for k, own in enumerate(stream(compositor, batch_size=40, epochs=1)):
             assert plain[k]["image"].is_cuda and not plain[k]["index"].is_cuda
+            for name, own_values in {"boxes": own.boxes, "flip": own.labels.flip, "x": own.labels.x}.items():
+                assert labelled[k][name].device == plain[k]["image"].device
+                np.testing.assert_array_equal(labelled[k][name].cpu().numpy(), own_values)
             np.testing.assert_array_equal(plain[k]["image"].cpu().numpy(), own.image)
             np.testing.assert_array_equal(plain[k]["mask"].cpu().numpy(), own.mask)
             assert int(sums[k]) == int(own.image.sum(dtype=np.int64))
@@ -436,7 +447,12 @@ def test_jax_gets_the_same_bytes_without_a_copy(jax, compositor):
             np.testing.assert_array_equal(found["image"], expected.image)
             np.testing.assert_array_equal(found["mask"], expected.mask)
             assert found["index"].tolist() == expected.index.tolist()
-            np.testing.assert_array_equal(found["x"], expected.labels.x)
+            for name in ("background", "foreground", "repetition", "flip", "x", "y"):
+                own = getattr(expected.labels, name)
+                assert isinstance(found[name], jax.Array) and found[name].dtype == own.dtype
+                np.testing.assert_array_equal(found[name], own)
+            assert found["boxes"].dtype == np.int32
+            np.testing.assert_array_equal(found["boxes"], expected.boxes)
     batch = next(stream(compositor, batch_size=3))
     for array in (batch.image, batch.mask):
         assert jax.dlpack.from_dlpack(array).unsafe_buffer_pointer() == array.ctypes.data
@@ -477,11 +493,15 @@ def test_jax_on_a_card(jax, assets, compositor):
         pytest.skip(f"no CUDA device for both: {cuda.why_not() or 'JAX without CUDA'}")
     from gpufgbg.integrations.jax import JaxStream
 
-    for k, found in enumerate(JaxStream(assets, recipe=RECIPE, device="cuda", batch_size=40, epochs=1)):
+    part = JaxStream(assets, recipe=RECIPE, device="cuda", batch_size=40, epochs=1, labels=True)
+    for k, found in enumerate(part):
         own = next(itertools.islice(stream(compositor, batch_size=40), k, None))
         assert {device.platform for device in found["image"].devices()} == {"gpu"}
         np.testing.assert_array_equal(found["image"], own.image)
         np.testing.assert_array_equal(found["mask"], own.mask)
+        for name, own_values in {"boxes": own.boxes, "flip": own.labels.flip, "x": own.labels.x}.items():
+            assert {device.platform for device in found[name].devices()} == {"gpu"}
+            np.testing.assert_array_equal(found[name], own_values)
 
 
 def test_jax_continues_exactly(jax, compositor):
@@ -533,6 +553,74 @@ def test_dali_gets_the_same_bytes(dali, compositor, depth):
             pipeline.run()
 
 
+def run_epoch(pipeline) -> list[list[np.ndarray]]:
+    """What the pipeline gives until it ends: batches, outputs."""
+    found = []
+    with contextlib.suppress(StopIteration):
+        while True:
+            outputs = (out.as_cpu() if hasattr(out, "as_cpu") else out for out in pipeline.run())
+            found.append([np.stack([*map(np.array, out)]) for out in outputs])
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("depth", [None, "demo"])
+def test_dali_gets_labels(dali, assets, compositor, device, depth):
+    if device == "cuda" and cuda.count_devices() == 0:
+        pytest.skip(f"no CUDA device: {cuda.why_not()}")
+    from gpufgbg.integrations.dali import external_source
+
+    @dali.pipeline_def(batch_size=16, num_threads=2, device_id=None if device == "cpu" else 0)
+    def pipe(samples):
+        return tuple(external_source(samples, labels=True))
+
+    options = DepthOptions(backend="onnxruntime") if depth else None
+    with stream(assets, recipe=RECIPE, device=device, batch_size=16, epochs=1, depth=options) as samples:
+        pipeline = pipe(samples)
+        pipeline.build()
+        found = run_epoch(pipeline)
+    for outputs, own in zip(found, stream(compositor, batch_size=16, epochs=1), strict=True):
+        assert len(outputs) == 7 + (depth is not None)
+        index, background, foreground, flip, boxes = outputs[-5:]
+        np.testing.assert_array_equal(outputs[0], own.image)
+        assert (index.dtype, flip.dtype, boxes.dtype) == (np.int64, np.bool_, np.int32)
+        np.testing.assert_array_equal(boxes, own.boxes)
+        for name, array in {"index": index, "background": background, "foreground": foreground, "flip": flip}.items():
+            np.testing.assert_array_equal(array, getattr(own.labels, name))
+
+
+def test_dali_begins_again_when_it_is_reset(dali, compositor):
+    from gpufgbg.integrations.dali import external_source
+
+    @dali.pipeline_def(batch_size=16, num_threads=2, device_id=None)
+    def pipe(samples):
+        return tuple(external_source(samples, labels=True))
+
+    whole = indices({"index": batch.index} for batch in stream(compositor, batch_size=16, epochs=3))
+    with stream(compositor, batch_size=16, epochs=2) as samples:
+        state = samples.state_dict()
+        next(samples)
+        samples.load_state_dict(samples.state_dict())  # a stream that goes on somewhere
+        pipeline = pipe(samples)
+        pipeline.build()
+        assert [outputs[2].tolist() for outputs in run_epoch(pipeline)] == whole[1:12]
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                pipeline.run()
+            pipeline.reset()
+            assert [outputs[2].tolist() for outputs in run_epoch(pipeline)] == whole[:12]
+        samples.set_epoch(1)  # goes before
+        pipeline.reset()
+        assert [outputs[2].tolist() for outputs in run_epoch(pipeline)] == whole[6:12]
+        samples.load_state_dict(state)
+        pipeline.reset()
+        assert len(run_epoch(pipeline)) == 12
+        pipeline.reset()
+        samples.close()
+        with pytest.raises(OptionError, match=r"^stream: closed, not at its end"):
+            pipeline.run()
+
+
 def test_dali_on_a_card(dali, assets, compositor):
     if cuda.count_devices() == 0:
         pytest.skip(f"no CUDA device: {cuda.why_not()}")
@@ -562,6 +650,8 @@ def test_streams_that_dali_can_not_read_are_refused(compositor):
         StreamSource(3)
     with pytest.raises(OptionError, match="keep: got 0"):
         StreamSource(stream(compositor), keep=0)
+    with pytest.raises(OptionError, match="labels: got 1, expected True or False"):
+        StreamSource(stream(compositor), labels=1)
 
 
 # -- examples and benchmark ------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Conversion:
     dtype : {"float32", "float16", "bfloat16"}
         For float.
     labels : bool
-        Give background, foreground, repetition, flip, x and y too.
+        Give background, foreground, repetition, flip, x, y and boxes too, where the images are.
 
     Raises
     ------
@@ -90,8 +90,8 @@ class Conversion:
     def arrays(self, batch: StreamBatch) -> dict[str, Any]:
         """NumPy's and CuPy's arrays of a batch by name, on CuPy's current stream.
 
-        ``image``, ``mask``, ``index``, with depth ``depth`` (grey levels), ``depth_range`` and ``metres``, with
-        ``labels`` their names.
+        ``image``, ``mask``, ``index`` in the host's memory, with depth ``depth`` (grey levels), ``depth_range`` and
+        ``metres``, with ``labels`` their names and ``boxes``.
         """
         image = batch.image
         if self.layout != LAYOUTS[0]:
@@ -108,5 +108,6 @@ class Conversion:
             if batch.depth.metres is not None:
                 found["metres"] = batch.depth.metres
         if self.labels:
-            found.update((name, getattr(batch.labels, name)) for name in _LABELS)
+            found.update((name, getattr(batch.device_labels, name)) for name in _LABELS)
+            found["boxes"] = batch.boxes
         return found

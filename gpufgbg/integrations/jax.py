@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from gpufgbg.assets import Assets
 from gpufgbg.compositor import Compositor
 from gpufgbg.depth.processing import Triple
@@ -46,7 +48,7 @@ class JaxStream:
     dtype : {"float32", "float16", "bfloat16"}
         Of float images. bfloat16 is copied once more by JAX.
     labels : bool
-        Give background, foreground, repetition, flip, x and y too.
+        Give background, foreground, repetition, flip, x, y and boxes too.
     rank, world : int, optional
         Default: ``jax.process_index()`` and ``jax.process_count()``.
     options
@@ -55,8 +57,9 @@ class JaxStream:
     Yields
     ------
     dict
-        ``image``, ``mask``, and with depth ``depth``, ``depth_range`` and ``metres``, as JAX arrays; ``index`` and
-        labels as NumPy arrays. Shapes and dtypes as in `gpufgbg.integrations.torch.StreamDataset`.
+        ``image``, ``mask``, with depth ``depth``, ``depth_range`` and ``metres``, with labels their names, as JAX
+        arrays on the stream's device; ``index`` as a NumPy array, as JAX has no 64 bits by default. Shapes and dtypes
+        as in `gpufgbg.integrations.torch.StreamDataset`.
 
     Raises
     ------
@@ -103,13 +106,16 @@ class JaxStream:
     def __next__(self) -> dict[str, Any]:
         """The next batch."""
         arrays = self.conversion.arrays(next(self.stream))
-        hosted = {"index", *(name for name, array in arrays.items() if array.ndim == 1)}
-        batch = {
-            name: array if name in hosted else self._jax.dlpack.from_dlpack(array) for name, array in arrays.items()
-        }
+        batch = {name: array if name == "index" else self._array(array) for name, array in arrays.items()}
         if self.conversion.is_bfloat16:
             batch["image"] = batch["image"].view(self._jax.numpy.bfloat16)
         return batch
+
+    def _array(self, array: Any) -> Any:
+        """An array's memory as JAX's; a copy of truth values, which not every speaker of DLPack knows."""
+        if array.dtype == np.bool_:
+            return self._array(array.view(np.uint8)).astype(np.bool_)
+        return self._jax.dlpack.from_dlpack(array)
 
     def state_dict(self) -> dict[str, Any]:
         """As `SampleStream.state_dict`."""

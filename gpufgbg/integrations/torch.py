@@ -70,7 +70,7 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
     dtype : {"float32", "float16", "bfloat16"}
         Of float images.
     labels : bool
-        Give background, foreground, repetition, flip, x and y too, in the host's memory.
+        Give background, foreground, repetition, flip, x, y and boxes too, on the images' device.
     as_tuple : bool
         Yield (image, mask), or (image, mask, depth), instead of a dictionary.
     rank, world : int, optional
@@ -96,8 +96,9 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
     dict of str to Tensor
         ``image`` (N, H, W, 3) uint8 or (N, 3, H, W) or (N, H, W, 3) of ``dtype``; ``mask`` (N, H, W) uint8; ``index``
         (N,) int64, in the host's memory. With depth: ``depth`` (N, H, W) uint8, ``depth_range`` (N, 2) float32,
-        ``metres`` (N, H, W) float32. All share the stream's memory; nothing is copied, but by worker processes, whose
-        batches travel through shared memory.
+        ``metres`` (N, H, W) float32. With labels: ``background``, ``foreground``, ``repetition``, ``x``, ``y`` (N,)
+        int32, ``flip`` (N,) bool, and ``boxes`` (N, 4) int32: x0, y0, x1, y1 in pixels, the ends exclusive. All share
+        the stream's memory; nothing is copied, but by worker processes, whose batches travel through shared memory.
 
     Raises
     ------
@@ -322,6 +323,8 @@ def _current_stream(torch: Any, device: str) -> Iterator[None]:
 
 def _tensor(torch: Any, array: Any) -> Any:
     """An array's memory as a tensor."""
+    if array.dtype == np.bool_:  # as bytes: not every speaker of DLPack knows it
+        return _tensor(torch, array.view(np.uint8)).view(torch.bool)
     if array.dtype == np.uint16:  # the bits of bfloat16, in a type that every DLPack knows
         array = array.view(np.int16)
     return torch.from_dlpack(array) if hasattr(array, "__cuda_array_interface__") else torch.from_numpy(array)
