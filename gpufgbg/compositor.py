@@ -87,8 +87,6 @@ class Compositor:
 
     Attributes
     ----------
-    assets, recipe, workers
-        As given.
     blend : Blend or None
         The user's, compiled; None where it is the foreground's alpha.
 
