@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import pickle
 import re
 import threading
 from collections.abc import Callable
@@ -45,7 +46,8 @@ _MISSING = "a blend on a card needs Numba-CUDA (pip install 'gpufgbg[blend]'), o
 class Blend:
     """A blend made of a Python function; `gpufgbg.Compositor` takes either.
 
-    Compiling takes a second or so on each kind of device: keep the object to have it done once.
+    Compiling takes a second or so on each kind of device: keep the object to have it done once. It never changes:
+    copies are the object itself. Pickled, it is its function, which another process imports and compiles again.
 
     Parameters
     ----------
@@ -75,6 +77,7 @@ class Blend:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        self._given = function
         self.function = _checked(function)
         self.name = printable_name(self.function)
         self._cubins: dict[int, bytes] = {}
@@ -92,6 +95,24 @@ class Blend:
 
     def __repr__(self) -> str:
         return f"Blend({self.name})"
+
+    def __copy__(self) -> Blend:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Blend:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle; `OptionError` where the function can't be had by its name in another process."""
+        try:
+            pickle.dumps(self._given)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            raise OptionError(
+                "blend",
+                f"{self.name} can't go to a process that is not forked: expected a function that a module defines at "
+                "its top level (no lambda, no inner function), or forked processes",
+            ) from None
+        return Blend, (self._given,)
 
     def link(self, cc: int) -> bytes:
         """Machine code of ``kernels/composite.cu`` with this blend; no card is needed. Made once for each ``cc``.

@@ -85,6 +85,11 @@ class Compositor:
         ``blend(fg, bg, alpha, x, y) -> value`` in place of the foreground's alpha, which masks keep; see
         `gpufgbg.blend`. On a card it needs the extra ``blend``.
 
+    Attributes
+    ----------
+    blend : Blend or None
+        The user's, compiled; None where it is the foreground's alpha.
+
     Raises
     ------
     InputError
@@ -122,6 +127,7 @@ class Compositor:
             from gpufgbg.blend import Blend
 
             blend = blend if isinstance(blend, Blend) else Blend(blend)
+        self.blend: Blend | None = blend
         self.backend = backends.select(device, assets, self.recipe, blend)
 
     def __len__(self) -> int:

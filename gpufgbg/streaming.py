@@ -14,21 +14,22 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.assets import Assets, prepare
-from gpufgbg.backends.cuda import as_stream
+from gpufgbg.backends.cuda import as_stream, is_on_card
 from gpufgbg.checks import whole
 from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.depth.model import DepthMaps, DepthModel
 from gpufgbg.depth.options import DepthOptions
-from gpufgbg.exceptions import OptionError
+from gpufgbg.exceptions import OptionError, printable
 from gpufgbg.manifest import open_dataset
 from gpufgbg.moments import Moments
 from gpufgbg.pipeline import load_assets
@@ -39,8 +40,11 @@ __all__ = ["SampleStream", "StreamBatch", "aligned", "stream"]
 
 _CHUNK = 32  # samples that a thread renders at a time: their frames (6 MB at 224x224) stay in the cache
 _ALIGNMENT = 64  # bytes
+_UPLOAD_ALIGNMENT = 256  # bytes, as of memory of its own on a card: some libraries ask for it
 _LOOK_AHEAD = 16_384  # positions of the shuffled order that are computed at a time
 _MOST = 2**62  # epochs, positions
+_DECIDING = ("per_pair", "flip", "size", "seed")  # of a recipe: what decides samples, beside the prepared pictures
+_fingerprints: WeakKeyDictionary[Assets, str] = WeakKeyDictionary()
 
 StrPath = str | os.PathLike[str]
 
@@ -72,14 +76,68 @@ class StreamBatch:
     epoch: int
     depth: DepthMaps | None
     _plan: Plan = field(repr=False)
+    _cuda_stream: Any = field(default=None, repr=False)
 
     @cached_property
     def labels(self) -> Placements:
-        """Background, foreground, repetition, flip, x and y of each sample; in the host's memory."""
+        """Index, background, foreground, repetition, flip, x and y of each sample; in the host's memory, NumPy.
+
+        Made when first asked for, as are the two below.
+        """
         return self._plan.placements(self.index)
+
+    @property
+    def device_labels(self) -> Placements:
+        """The fields of `labels`, of the same dtypes, in the images' memory: on the CPU `labels` itself.
+
+        On a card CuPy's arrays. They and `boxes` are copied there in one piece when one of them is first asked for,
+        on the stream's `cuda_stream` or, without one, on CuPy's current stream.
+        """
+        return self._there[0]
+
+    @property
+    def boxes(self) -> Any:
+        """(N, 4) int32, in the images' memory: x0, y0, x1, y1 of each foreground in pixels, the ends exclusive.
+
+        It is the rectangle of the foreground's whole picture, also where its mask is empty at the edge.
+        """
+        return self._there[1]
+
+    @cached_property
+    def _there(self) -> tuple[Placements, Any]:
+        labels, f = self.labels, self.labels.foreground
+        right, bottom = labels.x + self._plan.foreground_widths[f], labels.y + self._plan.foreground_heights[f]
+        boxes = np.stack([labels.x, labels.y, right, bottom], axis=1).astype(np.int32)
+        if not is_on_card(self.image):
+            return labels, boxes
+        with self.image.device, _current(self._cuda_stream):
+            return _uploaded(labels, boxes)
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+def _uploaded(labels: Placements, boxes: npt.NDArray[np.int32]) -> tuple[Placements, Any]:
+    """Labels and boxes as parts of one new array on the current device, by one copy on CuPy's current stream."""
+    import cupy
+
+    arrays: dict[str, Any] = {each.name: getattr(labels, each.name) for each in fields(labels)} | {"boxes": boxes}
+    parts, size = {}, 0
+    for name, array in arrays.items():
+        parts[name] = slice(size, size + array.nbytes)
+        size += -(-array.nbytes // _UPLOAD_ALIGNMENT) * _UPLOAD_ALIGNMENT
+    packed = np.zeros(size, np.uint8)
+    for name, array in arrays.items():
+        packed[parts[name]] = array.reshape(-1).view(np.uint8)
+    memory = cupy.asarray(packed)
+    there = {name: memory[parts[name]].view(array.dtype).reshape(array.shape) for name, array in arrays.items()}
+    found = there.pop("boxes")
+    return Placements(**there), found
+
+
+def _current(cuda_stream: Any) -> AbstractContextManager[Any]:
+    """Makes a stream's `cuda_stream` CuPy's current one, where it has one."""
+    return contextlib.nullcontext() if cuda_stream is None else cuda_stream
 
 
 class _Deferred:
@@ -106,12 +164,22 @@ class _Span:
     count: int
 
 
-@dataclass
-class _Schedule:
-    """Which positions make the next batch of a rank. Pure arithmetic; ``epoch`` and ``position`` are all its state.
+class _Place(NamedTuple):
+    """Where a stream is: what its next batch is, and which arrays of the ring it gets. Replaced as a whole, or not.
 
-    position counts the samples of the epoch that all ranks took together; of those that are left, rank r takes the
-    r-th, (r + world)-th, ...
+    position counts the samples of the epoch that all ranks took together.
+    """
+
+    epoch: int
+    position: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Which positions make a rank's batches. Pure arithmetic, which keeps nothing.
+
+    Of the samples of an epoch that are left at a position, rank r takes the r-th, (r + world)-th, ...
     """
 
     samples: int
@@ -120,24 +188,26 @@ class _Schedule:
     world: int
     drop_last: bool
     epochs: int | None
-    epoch: int = 0
-    position: int = 0
 
-    def take(self) -> _Span | None:
-        """The next batch, or None after the last epoch."""
+    def take(self, epoch: int, position: int) -> tuple[_Span | None, int, int]:
+        """The batch at a position, None after the last epoch, and the epoch and position of the one after it."""
         step = self.batch_size * self.world
-        while self.epochs is None or self.epoch < self.epochs:
-            left = self.samples - self.position
+        while self.epochs is None or epoch < self.epochs:
+            left = self.samples - position
             whole = left >= step
             count = self.batch_size if whole else -(-max(0, left - self.rank) // self.world)
             if count and (whole or not self.drop_last):
-                span = _Span(self.epoch, self.position + self.rank, self.world, count)
-                self.position += step
-                if self.position >= self.samples:
-                    self.epoch, self.position = self.epoch + 1, 0
-                return span
-            self.epoch, self.position = self.epoch + 1, 0
-        return None
+                span = _Span(epoch, position + self.rank, self.world, count)
+                position += step
+                return (span, epoch, position) if position < self.samples else (span, epoch + 1, 0)
+            epoch, position = epoch + 1, 0
+        return None, epoch, position
+
+    def pass_over(self, batches: int, epoch: int, position: int) -> tuple[int, int]:
+        """The epoch and position after so many batches, which are other processes'."""
+        for _ in range(batches):
+            _, epoch, position = self.take(epoch, position)
+        return epoch, position
 
     @property
     def length(self) -> int:
@@ -156,23 +226,23 @@ class _Order:
         self._seed = seed
         self._shuffle = shuffle
         self._permutation: tuple[int, Permutation] | None = None
-        self._known = _Span(-1, 0, 1, 0)
-        self._indices = np.empty(0, np.int64)
+        self._known = _Span(-1, 0, 1, 0), np.empty(0, np.int64)  # one value: Ctrl-C comes before it or after it
 
     def indices(self, span: _Span) -> npt.NDArray[np.int64]:
         """(count,) samples of a batch; the caller's."""
         if not self._shuffle:
             return _positions(span)
-        known = self._known
+        known, found = self._known
         at, off = divmod(span.first - known.first, span.stride)
         there = (known.epoch, known.stride, 0) == (span.epoch, span.stride, off)
         if not there or not 0 <= at <= at + span.count <= known.count:
             if self._permutation is None or self._permutation[0] != span.epoch:
                 self._permutation = span.epoch, Permutation(self._samples, self._seed, span.epoch)
             left = -(-(self._samples - span.first) // span.stride)
-            self._known, at = replace(span, count=min(left, max(span.count, _LOOK_AHEAD))), 0
-            self._indices = self._permutation[1](_positions(self._known))
-        return self._indices[at : at + span.count].copy()
+            known, at = replace(span, count=min(left, max(span.count, _LOOK_AHEAD))), 0
+            found = self._permutation[1](_positions(known))
+            self._known = known, found
+        return found[at : at + span.count].copy()
 
 
 def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -233,11 +303,11 @@ def _check_depth(model: DepthModel, faults: npt.NDArray[np.int32], index: npt.ND
 
 @dataclass
 class _UnderWay:
-    """A batch that threads render; ``state`` is the stream's once it is handed out."""
+    """A batch that threads render; ``after`` is where the stream is once it is handed out."""
 
     batch: StreamBatch
     parts: list[Future[None]]
-    state: tuple[int, int]
+    after: _Place
 
 
 class SampleStream:
@@ -301,9 +371,8 @@ class SampleStream:
             world,
             _flag("drop_last", drop_last),
             None if epochs is None else whole("epochs", epochs, 0, _MOST),
-            whole("epoch", epoch, 0, _MOST),
-            whole("start", start, 0, samples),
         )
+        epoch, start = whole("epoch", epoch, 0, _MOST), whole("start", start, 0, samples)
         if not self._schedule.length:
             raise OptionError(
                 "batch_size",
@@ -331,13 +400,11 @@ class SampleStream:
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[_UnderWay] = deque()
         self._ring: list[Any] = [None] * (self._reuse + (self._prefetch if self._on_cpu else 0) if self._reuse else 0)
-        self._slot = 0
         self._faults: deque[tuple[Any, Any, npt.NDArray[np.int64]]] = deque()
         self._aside: Any = None
-        self._closed = False
+        self._closed = ""  # or how it was
         self._process = os.getpid()
-        self._pass_over(self._part[0])
-        self._state = self._schedule.epoch, self._schedule.position
+        self._place = _Place(*self._schedule.pass_over(self._part[0], epoch, start), 0)
 
     # -- where it is --------------------------------------------------------------------------------
 
@@ -369,11 +436,17 @@ class SampleStream:
     @property
     def epoch(self) -> int:
         """The epoch of the next batch."""
-        return self._state[0]
+        return self._place.epoch
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last batch was given; `set_epoch` and `load_state_dict` begin again."""
+        return self._schedule.take(self._place.epoch, self._place.position)[0] is None
 
     def __len__(self) -> int:
-        """Batches of one whole epoch, of this rank."""
-        return self._schedule.length
+        """Batches of one whole epoch, of this rank; with ``part``, those of an epoch that its turns begin with."""
+        turn, turns = self._part
+        return max(0, -(-(self._schedule.length - turn) // turns))
 
     def set_epoch(self, epoch: int) -> None:
         """Go on with the first batch of ``epoch``; what is rendered ahead is let go.
@@ -387,19 +460,18 @@ class SampleStream:
         """
         epoch = whole("epoch", epoch, 0, _MOST)
         self._let_go()
-        self._schedule.epoch, self._schedule.position = epoch, 0
-        self._pass_over(self._part[0])
-        self._state = self._schedule.epoch, self._schedule.position
+        self._place = _Place(*self._schedule.pass_over(self._part[0], epoch, 0), self._place.slot)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as JSON values: after batch k, that the next one is k + 1.
 
         ``epoch``, and ``position``, how many of its samples all ranks together have taken. It is the same on every
         rank after as many batches, so one may keep it for all (without ``drop_last``, not in the last round of an
-        epoch that gives some ranks no batch). The rest says what it goes with.
+        epoch that gives some ranks no batch). The rest says what it goes with: seed and shuffling, the recipe's
+        fields that decide samples, and a fingerprint of the prepared pictures, which is computed once.
         """
-        epoch, position = self._state
-        return {"epoch": epoch, "position": position, **self._identity()}
+        epoch, position, _ = self._place
+        return {"epoch": epoch, "position": position, **self._identity(), **self._data()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the stream was whose `state_dict` this is; what is rendered ahead is let go.
@@ -410,7 +482,8 @@ class SampleStream:
         Raises
         ------
         OptionError
-            The state is of another number of samples, seed or shuffling, or no state at all.
+            The state is of another number of samples, seed or shuffling, of another recipe or other pictures, or no
+            state at all. (States of versions that kept neither recipe nor pictures are not checked for them.)
         """
         expected = self._identity()
         if not isinstance(state, dict) or not {"epoch", "position", *expected} <= state.keys():
@@ -418,19 +491,39 @@ class SampleStream:
         for name, value in expected.items():
             if state[name] != value:
                 raise OptionError("state", f"{name} is {state[name]!r} there and {value!r} here")
+        self._check_data(state)
         epoch, position = (whole("state", state[name], 0, _MOST) for name in ("epoch", "position"))
         if position > self.samples:
             raise OptionError("state", f"position is {position}, expected 0 to {self.samples}")
         self._let_go()
-        self._schedule.epoch, self._schedule.position = self._state = epoch, position
+        self._place = _Place(epoch, position, self._place.slot)
 
     def _identity(self) -> dict[str, Any]:
         return {"samples": self.samples, "shuffle": self.shuffle, "seed": self.seed}
 
-    def _pass_over(self, batches: int) -> None:
-        """The next so many batches are other processes'."""
-        for _ in range(batches):
-            self._schedule.take()
+    def _data(self) -> dict[str, Any]:
+        """What decides the samples themselves, but for a blend of the user's own."""
+        recipe, assets = self.compositor.recipe.to_dict(), self.compositor.assets
+        if assets not in _fingerprints:
+            _fingerprints[assets] = assets.fingerprint()[:16]
+        return {"recipe": {name: recipe[name] for name in _DECIDING}, "pictures": _fingerprints[assets]}
+
+    def _check_data(self, state: dict[str, Any]) -> None:
+        """`OptionError` where a state says that it is of another recipe or of other pictures."""
+        if not {"recipe", "pictures"} & state.keys():
+            return
+        here = self._data()
+        recipe, pictures = (state.get(name, here[name]) for name in ("recipe", "pictures"))
+        if not isinstance(recipe, dict):
+            raise OptionError("state", f"got a recipe {recipe!r}, expected what state_dict gives")
+        for name, value in here["recipe"].items():
+            if recipe.get(name) != value:
+                raise OptionError("state", f"the recipe's {name} is {recipe.get(name)!r} there and {value!r} here")
+        if pictures != here["pictures"]:
+            raise OptionError(
+                "state",
+                f"it is of other pictures: their fingerprint is {pictures!r} there and {here['pictures']!r} here",
+            )
 
     # -- batches ------------------------------------------------------------------------------------
 
@@ -438,26 +531,38 @@ class SampleStream:
         return self
 
     def __next__(self) -> StreamBatch:
-        """The next batch.
+        """The next batch. An error closes the stream; Ctrl-C does not: the batch that was asked for comes next.
 
         Raises
         ------
         StopIteration
-            After the last epoch, or `close`.
+            After the last epoch.
+        OptionError
+            It was closed before, by `close` or an error; `state_dict` still says where it was.
         InputError
             The depth network gave values that are no numbers; on a card, told some batches later.
         """
         if self._closed:
-            raise StopIteration
+            if self.ended:
+                raise StopIteration
+            raise OptionError("stream", f"{self._closed}, not at its end: make a new one and load this one's state")
+        before = self._place
         try:
-            batch = self._next_on_cpu() if self._on_cpu else self._next_on_card()
-        except Exception:
-            self.close()
+            found = self._next_on_cpu() if self._on_cpu else self._next_on_card()
+            if found is not None:
+                self._place = found[1]
+        except Exception as error:
+            self._close(f"closed by {printable(repr(error))}")
             raise
-        if batch is None:
+        except BaseException:  # Ctrl-C, between any two steps
+            self._place = before
+            self._let_go()
+            self._stop_threads()
+            raise
+        if found is None:
             self._stop_threads()
             raise StopIteration
-        return batch
+        return found[0]
 
     def synchronize(self) -> None:
         """Wait until all batches that were given are in memory: for readers that don't honour CUDA streams.
@@ -469,71 +574,71 @@ class SampleStream:
             import cupy
 
             backend: Any = self.compositor.backend
-            with backend.device, self._current():
+            with backend.device, _current(self._cuda_stream):
                 cupy.cuda.get_current_stream().synchronize()
 
-    def _take(self) -> tuple[_Span, npt.NDArray[np.int64], tuple[int, int]] | None:
-        """The next batch's place and indices, and the state after it; the schedule moves on, to the next one."""
-        span = self._schedule.take()
+    def _take(self, place: _Place) -> tuple[_Span, npt.NDArray[np.int64], _Place] | None:
+        """A place's batch, its indices, and the place after it; None after the last epoch. The stream stays there."""
+        span, epoch, position = self._schedule.take(place.epoch, place.position)
         if span is None:
             return None
-        self._pass_over(self._part[1] - 1)
-        return span, self._order.indices(span), (self._schedule.epoch, self._schedule.position)
+        epoch, position = self._schedule.pass_over(self._part[1] - 1, epoch, position)
+        slot = (place.slot + 1) % len(self._ring) if self._ring else 0
+        return span, self._order.indices(span), _Place(epoch, position, slot)
 
-    def _frames(self, count: int) -> tuple[Any, Any]:
-        """Arrays for the next batch: new ones, or a whole batch's of the ring, cut to size."""
+    def _frames(self, count: int, slot: int) -> tuple[Any, Any]:
+        """Arrays for a batch: new ones, or a whole batch's of the ring, cut to size."""
         frames = _aligned_frames(self.compositor.recipe) if self._on_cpu else self.compositor.backend.frames
         if not self._ring:
             return frames(count)
-        slot = self._slot
-        self._slot = (slot + 1) % len(self._ring)
         if self._ring[slot] is None:
             self._ring[slot] = frames(self.batch_size)
         image, mask = self._ring[slot]
         return image[:count], mask[:count]
 
-    def _next_on_cpu(self) -> StreamBatch | None:
+    def _next_on_cpu(self) -> tuple[StreamBatch, _Place] | None:
+        """The next batch, and where the stream is after it."""
         if self._process != os.getpid():  # in a forked process its threads are not there
             self._forget_threads()
         while len(self._ahead) <= self._prefetch and self._submit():
             pass
         if not self._ahead:
             return None
-        under_way = self._ahead[0]
-        for future in under_way.parts:
+        for future in self._ahead[0].parts:
             future.result()
-        self._ahead.popleft()
-        self._state = under_way.state
-        return under_way.batch
+        under_way = self._ahead.popleft()
+        return under_way.batch, under_way.after
 
     def _submit(self) -> bool:
         """Let the threads begin another batch, if there is one."""
-        taken = self._take()
+        place = self._ahead[-1].after if self._ahead else self._place
+        taken = self._take(place)
         if taken is None:
             return False
-        span, index, state = taken
+        span, index, after = taken
         compositor = self.compositor
         if self._pool is None:
             self._pool = ThreadPoolExecutor(compositor.workers, "gpufgbg-stream")
-        image, mask = self._frames(span.count)
+        image, mask = self._frames(span.count, place.slot)
         depth = self._work.depth(span.count, *mask.shape[1:])
         batch = StreamBatch(image, mask, index, span.epoch, depth, compositor.plan)
         step = max(1, min(_CHUNK, -(-span.count // compositor.workers)))
         cuts = [slice(at, at + step) for at in range(0, span.count, step)]
         parts = [self._pool.submit(self._work.render, batch.labels, image, mask, depth, cut) for cut in cuts]
-        self._ahead.append(_UnderWay(batch, parts, state))
+        self._ahead.append(_UnderWay(batch, parts, after))
         return True
 
-    def _next_on_card(self) -> StreamBatch | None:
+    def _next_on_card(self) -> tuple[StreamBatch, _Place] | None:
+        """The next batch, and where the stream is after it."""
         backend: Any = self.compositor.backend
-        with backend.device, self._current():
+        with backend.device, _current(self._cuda_stream):
             self._check_faults(wait=False)
-            taken = self._take()
+            taken = self._take(self._place)
             if taken is None:
                 self._check_faults(wait=True)
                 return None
-            span, index, state = taken
-            image, mask = self._frames(span.count)
+            span, index, after = taken
+            image, mask = self._frames(span.count, self._place.slot)
             backend.render(_Deferred(self.compositor.plan, index), image, mask)
             depth = None
             if self._model is not None:
@@ -543,16 +648,13 @@ class SampleStream:
                 maps = self._model.maps(seen, self._metres)
                 depth = DepthMaps(maps.grey, maps.range, maps.metres)
                 self._faults.append((maps.faults, cupy.cuda.get_current_stream().record(), index))
-        self._state = state
-        return StreamBatch(image, mask, index, span.epoch, depth, self.compositor.plan)
-
-    def _current(self) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._cuda_stream is None else self._cuda_stream
+        plan = self.compositor.plan
+        return StreamBatch(image, mask, index, span.epoch, depth, plan, self._cuda_stream), after
 
     def _check_faults(self, wait: bool) -> None:
         """Look for values that are no numbers in the depth of batches that the card is done with."""
         while self._faults and (wait or self._faults[0][1].done):
-            faults, event, index = self._faults.popleft()
+            faults, event, index = self._faults[0]
             event.synchronize()
             if self._aside is None:
                 import cupy
@@ -560,40 +662,39 @@ class SampleStream:
                 self._aside = cupy.cuda.Stream(non_blocking=True)  # the current stream may be far behind
             assert self._model is not None
             _check_depth(self._model, faults.get(stream=self._aside), index)
+            self._faults.popleft()
 
     # -- the end ------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End the stream: what is rendered ahead is let go, its threads end. Batches that were given stay valid."""
-        self._closed = True
+        self._close("closed")
+
+    def _close(self, how: str) -> None:
+        self._closed = self._closed or how
         self._let_go()
         self._faults.clear()
         self._ring = []
         self._stop_threads()
 
     def _let_go(self) -> None:
+        """Forget what is rendered ahead, and wait for the threads, which may be writing to arrays used again."""
         if self._process != os.getpid():
             self._forget_threads()
         parts = [future for under_way in self._ahead for future in under_way.parts]
+        self._ahead.clear()
         for future in parts:
             future.cancel()
-        wait(parts)  # they may be writing to arrays that are used again
-        self._forget_ahead()
+        wait(parts)
 
     def _stop_threads(self) -> None:
         pool, self._pool = self._pool, None
         if pool is not None and self._process == os.getpid():
-            pool.shutdown(wait=True)
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _forget_threads(self) -> None:
         self._process, self._pool = os.getpid(), None
-        self._forget_ahead()
-
-    def _forget_ahead(self) -> None:
-        if self._ring:  # the slots of batches that were given out stay the last to be used again
-            self._slot = (self._slot - len(self._ahead)) % len(self._ring)
         self._ahead.clear()
-        self._schedule.epoch, self._schedule.position = self._state
 
     def __enter__(self) -> SampleStream:
         return self
@@ -705,7 +806,9 @@ def stream(
         if foregrounds is not None or masks is not None:
             raise OptionError("foregrounds", f"got folders, {type(source).__name__} has its own: leave them out")
         if isinstance(source, Compositor):
-            if recipe is not None or workers is not None or device not in ("auto", source.backend.name):
+            own = source.backend.name
+            there = device in ("auto", own) or (device, own) == ("cuda", "cuda:0")
+            if recipe is not None or workers is not None or not there:
                 raise OptionError("source", "a Compositor has its own recipe, device and workers: leave them out")
             compositor = source
         else:

@@ -11,11 +11,23 @@ import sys
 import threading
 from pathlib import Path
 
+import blends
 import numpy as np
 import pytest
 from conftest import cutout, smooth
 
-from gpufgbg import Assets, Compositor, DepthModel, DepthOptions, OptionError, Recipe, generate, stream
+from gpufgbg import (
+    Assets,
+    Compositor,
+    DepthModel,
+    DepthOptions,
+    DeviceError,
+    InputError,
+    OptionError,
+    Recipe,
+    generate,
+    stream,
+)
 from gpufgbg.backends import cuda
 from gpufgbg.normalise import normalise
 
@@ -35,6 +47,13 @@ def assets() -> Assets:
 def compositor(assets: Assets) -> Compositor:
     """90 samples."""
     return Compositor(assets, RECIPE, "cpu", workers=2)
+
+
+@pytest.fixture(scope="module")
+def on_disk(folders, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("integrations") / "out"
+    generate(out, *folders.values(), RECIPE, device="cpu")
+    return out
 
 
 def flat(batches) -> list[int]:
@@ -145,6 +164,13 @@ def test_torch_gets_labels_depth_and_tuples(torch, dataset, compositor):
     own = next(stream(compositor, depth="demo", batch_size=4))
     for name in ("background", "foreground", "repetition", "flip", "x", "y"):
         np.testing.assert_array_equal(batch[name].numpy(), getattr(own.labels, name))
+        assert batch[name].dtype == (torch.bool if name == "flip" else torch.int32)
+    np.testing.assert_array_equal(batch["boxes"].numpy(), own.boxes)
+    assert batch["boxes"].dtype == torch.int32 and batch["boxes"].shape == (4, 4)
+    (spread,) = loader(torch, dataset(labels=True, batch_size=90), 1)
+    whole = next(stream(compositor, batch_size=90))
+    np.testing.assert_array_equal(spread["boxes"].numpy(), whole.boxes)
+    np.testing.assert_array_equal(spread["flip"].numpy(), whole.labels.flip)
     for name, array in (("depth", own.depth.grey), ("depth_range", own.depth.range), ("metres", own.depth.metres)):
         np.testing.assert_array_equal(batch[name].numpy(), array)
     image, mask, depth = next(iter(dataset(as_tuple=True, depth="demo", metres=False, batch_size=4)))
@@ -174,6 +200,47 @@ def test_processes_that_are_not_forked(torch, dataset, context):
     assert indices(pickle.loads(pickle.dumps(data))) == found
 
 
+@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver", "pickle", "deepcopy"])
+def test_a_blend_goes_along(torch, dataset, assets, how):
+    plain = Compositor(assets, RECIPE, "cpu")
+    for function in (blends.inverted, blends.darker) if how == "pickle" else (blends.inverted,):
+        mine = Compositor(assets, RECIPE, "cpu", 3, function)
+        data = dataset(mine, batch_size=90, shuffle=False)
+        assert data.compositor is mine and mine.blend.function.__name__ == getattr(function, "__name__", "")
+        if how in ("fork", "spawn", "forkserver"):
+            batches = loader(torch, data, 1, multiprocessing_context=how)
+        else:
+            batches = pickle.loads(pickle.dumps(data)) if how == "pickle" else copy.deepcopy(data)
+            assert batches.compositor is not mine and batches.compositor.workers == 3
+        (batch,) = batches
+        expected = mine.render(range(90)).image
+        np.testing.assert_array_equal(batch["image"].numpy(), expected)
+        assert (expected != plain.render(range(90)).image).any()
+    assert plain.blend is None and dataset(plain).compositor is plain
+
+
+def test_a_blend_without_a_name_stays_where_processes_are_forked(torch, dataset, assets):
+    data = dataset(Compositor(assets, RECIPE, "cpu", blend=lambda fg, bg, alpha, x, y: 255 - bg), batch_size=90)
+    (expected,) = data
+    for batches in (loader(torch, data, 1, multiprocessing_context="fork"), copy.deepcopy(data)):
+        assert torch.equal(next(iter(batches))["image"], expected["image"])
+    said = r"^blend: <lambda> can't go to a process that is not forked: [^\n]+$"
+    with pytest.raises(OptionError, match=said):
+        pickle.dumps(data)
+    with pytest.raises(OptionError, match=said):
+        iter(loader(torch, data, 1, multiprocessing_context="spawn"))
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_kept_processes_see_the_epoch_of_a_copy(torch, dataset, how):
+    data = dataset(batch_size=90)
+    data = pickle.loads(pickle.dumps(data)) if how == "pickle" else copy.deepcopy(data)
+    kept = loader(torch, data, 1, persistent_workers=True)
+    first = indices(kept)
+    data.set_epoch(1)
+    assert indices(kept) == indices(data) != first
+
+
 def test_processes_that_are_kept_see_the_epoch(torch, dataset):
     data = dataset(batch_size=20)
     kept = loader(torch, data, 2, persistent_workers=True)
@@ -193,6 +260,21 @@ def test_depth_in_worker_processes(torch, dataset):
     assert torch.equal(next(iter(dataset(depth=model, batch_size=4)))["depth"], expected["depth"])
     with pytest.raises(Exception, match="expected DepthOptions"):
         next(iter(loader(torch, dataset(depth=model), 1)))
+    for alone in (
+        pickle.dumps,
+        copy.deepcopy,
+        lambda data: iter(loader(torch, data, 1, multiprocessing_context="spawn")),
+    ):
+        with pytest.raises(OptionError, match=r"^depth: got a DepthModel, which stays in its process: [^\n]+$"):
+            alone(dataset(depth=model))
+    spawned = loader(torch, dataset(depth="demo", batch_size=4), 1, multiprocessing_context="spawn")
+    assert torch.equal(next(iter(spawned))["depth"], expected["depth"])
+
+
+def test_weights_that_are_not_there_are_told_at_once(torch, dataset, tmp_path):
+    for name in ("nope.h5", "nope.onnx"):
+        with pytest.raises(InputError, match=rf"^--depth .*{name}: can't be read: No such file"):
+            dataset(depth=tmp_path / name)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -249,6 +331,17 @@ def test_an_iteration_continues_exactly(torch, dataset):
         next(first)
     with pytest.raises(OptionError, match="state"):
         first.load_state_dict({})
+
+
+@pytest.mark.parametrize("wrong", [{"end": "x"}, {"end": -1}, {"end": True}, {"position": 91}, {"seed": 9}])
+def test_a_state_that_is_refused_leaves_an_iteration_as_it_is(torch, dataset, wrong):
+    whole, part = indices(dataset(batch_size=7)), iter(dataset(batch_size=7))
+    next(part)
+    state = part.state_dict()
+    with pytest.raises(OptionError, match=f"^state: {next(iter(wrong))} is "):
+        part.load_state_dict({**state, **wrong})
+    assert part.state_dict() == state
+    assert indices(part) == whole[1:]
 
 
 def test_an_endless_data_set(torch, dataset):
@@ -318,12 +411,16 @@ def test_torch_on_a_card(torch, assets, compositor):
     for given in (torch.cuda.current_stream(), side):
         with torch.cuda.stream(given):
             plain = list(StreamDataset(assets, recipe=RECIPE, batch_size=40, device="cuda"))
+            labelled = list(StreamDataset(assets, recipe=RECIPE, batch_size=40, device="cuda", labels=True))
             options = {"layout": "float NCHW", "dtype": "bfloat16", "device": "cuda", **IMAGENET}
             floats = list(StreamDataset(assets, recipe=RECIPE, batch_size=40, **options))
             sums = [batch["image"].to(torch.int64).sum() for batch in plain]  # on the same stream
         given.synchronize()
         for k, own in enumerate(stream(compositor, batch_size=40, epochs=1)):
             assert plain[k]["image"].is_cuda and not plain[k]["index"].is_cuda
+            for name, own_values in {"boxes": own.boxes, "flip": own.labels.flip, "x": own.labels.x}.items():
+                assert labelled[k][name].device == plain[k]["image"].device
+                np.testing.assert_array_equal(labelled[k][name].cpu().numpy(), own_values)
             np.testing.assert_array_equal(plain[k]["image"].cpu().numpy(), own.image)
             np.testing.assert_array_equal(plain[k]["mask"].cpu().numpy(), own.mask)
             assert int(sums[k]) == int(own.image.sum(dtype=np.int64))
@@ -351,7 +448,12 @@ def test_jax_gets_the_same_bytes_without_a_copy(jax, compositor):
             np.testing.assert_array_equal(found["image"], expected.image)
             np.testing.assert_array_equal(found["mask"], expected.mask)
             assert found["index"].tolist() == expected.index.tolist()
-            np.testing.assert_array_equal(found["x"], expected.labels.x)
+            for name in ("background", "foreground", "repetition", "flip", "x", "y"):
+                own = getattr(expected.labels, name)
+                assert isinstance(found[name], jax.Array) and found[name].dtype == own.dtype
+                np.testing.assert_array_equal(found[name], own)
+            assert found["boxes"].dtype == np.int32
+            np.testing.assert_array_equal(found["boxes"], expected.boxes)
     batch = next(stream(compositor, batch_size=3))
     for array in (batch.image, batch.mask):
         assert jax.dlpack.from_dlpack(array).unsafe_buffer_pointer() == array.ctypes.data
@@ -370,16 +472,37 @@ def test_jax_gets_normalised_batches(jax, compositor, dtype):
     part.close()
 
 
+def test_jax_normalises_by_the_data_sets_own_statistics(jax, compositor, on_disk):
+    from gpufgbg.integrations.jax import JaxStream
+
+    with JaxStream(on_disk, device="cpu", layout="float NCHW", batch_size=24, epochs=1, shuffle=False) as part:
+        known = part.stream.statistics["composite"]
+        assert (part.conversion.mean, part.conversion.std) == (known.mean, known.std)
+        everything = np.concatenate([np.asarray(batch["image"]) for batch in part])
+    np.testing.assert_allclose(everything.mean((0, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(everything.std((0, 2, 3)), 1, atol=1e-5)
+    mine = JaxStream(on_disk, device="cpu", layout="float NCHW", mean=0.25)
+    assert (mine.conversion.mean, mine.conversion.std) == (0.25, known.std)
+    for given in ({}, {"mean": 0.5}, {"std": 0.5}):
+        with pytest.raises(OptionError, match="mean: needed with std for layout 'float NHWC'"):
+            JaxStream(compositor, layout="float NHWC", **given)
+    assert JaxStream(compositor).conversion.layout == "uint8 NHWC"
+
+
 def test_jax_on_a_card(jax, assets, compositor):
     if cuda.count_devices() == 0 or jax.default_backend() != "gpu":
         pytest.skip(f"no CUDA device for both: {cuda.why_not() or 'JAX without CUDA'}")
     from gpufgbg.integrations.jax import JaxStream
 
-    for k, found in enumerate(JaxStream(assets, recipe=RECIPE, device="cuda", batch_size=40, epochs=1)):
+    part = JaxStream(assets, recipe=RECIPE, device="cuda", batch_size=40, epochs=1, labels=True)
+    for k, found in enumerate(part):
         own = next(itertools.islice(stream(compositor, batch_size=40), k, None))
         assert {device.platform for device in found["image"].devices()} == {"gpu"}
         np.testing.assert_array_equal(found["image"], own.image)
         np.testing.assert_array_equal(found["mask"], own.mask)
+        for name, own_values in {"boxes": own.boxes, "flip": own.labels.flip, "x": own.labels.x}.items():
+            assert {device.platform for device in found[name].devices()} == {"gpu"}
+            np.testing.assert_array_equal(found[name], own_values)
 
 
 def test_jax_continues_exactly(jax, compositor):
@@ -431,6 +554,78 @@ def test_dali_gets_the_same_bytes(dali, compositor, depth):
             pipeline.run()
 
 
+def run_epoch(pipeline) -> list[list[np.ndarray]]:
+    """What the pipeline gives until it ends: batches, outputs."""
+    found = []
+    with contextlib.suppress(StopIteration):
+        while True:
+            outputs = (out.as_cpu() if hasattr(out, "as_cpu") else out for out in pipeline.run())
+            found.append([np.stack([*map(np.array, out)]) for out in outputs])
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("depth", [None, "demo"])
+def test_dali_gets_labels(dali, assets, compositor, device, depth):
+    if device == "cuda" and cuda.count_devices() == 0:
+        pytest.skip(f"no CUDA device: {cuda.why_not()}")
+    from gpufgbg.integrations.dali import external_source
+
+    @dali.pipeline_def(batch_size=16, num_threads=2, device_id=None if device == "cpu" else 0)
+    def pipe(samples):
+        return tuple(external_source(samples, labels=True))
+
+    options = DepthOptions(backend="onnxruntime") if depth else None
+    try:
+        samples = stream(assets, recipe=RECIPE, device=device, batch_size=16, epochs=1, depth=options)
+    except DeviceError as error:
+        pytest.skip(str(error))
+    with samples:
+        pipeline = pipe(samples)
+        pipeline.build()
+        found = run_epoch(pipeline)
+    for outputs, own in zip(found, stream(compositor, batch_size=16, epochs=1), strict=True):
+        assert len(outputs) == 7 + (depth is not None)
+        index, background, foreground, flip, boxes = outputs[-5:]
+        np.testing.assert_array_equal(outputs[0], own.image)
+        assert (index.dtype, flip.dtype, boxes.dtype) == (np.int64, np.bool_, np.int32)
+        np.testing.assert_array_equal(boxes, own.boxes)
+        for name, array in {"index": index, "background": background, "foreground": foreground, "flip": flip}.items():
+            np.testing.assert_array_equal(array, getattr(own.labels, name))
+
+
+def test_dali_begins_again_when_it_is_reset(dali, compositor):
+    from gpufgbg.integrations.dali import external_source
+
+    @dali.pipeline_def(batch_size=16, num_threads=2, device_id=None)
+    def pipe(samples):
+        return tuple(external_source(samples, labels=True))
+
+    whole = indices({"index": batch.index} for batch in stream(compositor, batch_size=16, epochs=3))
+    with stream(compositor, batch_size=16, epochs=2) as samples:
+        state = samples.state_dict()
+        next(samples)
+        samples.load_state_dict(samples.state_dict())  # a stream that goes on somewhere
+        pipeline = pipe(samples)
+        pipeline.build()
+        assert [outputs[2].tolist() for outputs in run_epoch(pipeline)] == whole[1:12]
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                pipeline.run()
+            pipeline.reset()
+            assert [outputs[2].tolist() for outputs in run_epoch(pipeline)] == whole[:12]
+        samples.set_epoch(1)  # goes before
+        pipeline.reset()
+        assert [outputs[2].tolist() for outputs in run_epoch(pipeline)] == whole[6:12]
+        samples.load_state_dict(state)
+        pipeline.reset()
+        assert len(run_epoch(pipeline)) == 12
+        pipeline.reset()
+        samples.close()
+        with pytest.raises(OptionError, match=r"^stream: closed, not at its end"):
+            pipeline.run()
+
+
 def test_dali_on_a_card(dali, assets, compositor):
     if cuda.count_devices() == 0:
         pytest.skip(f"no CUDA device: {cuda.why_not()}")
@@ -460,6 +655,8 @@ def test_streams_that_dali_can_not_read_are_refused(compositor):
         StreamSource(3)
     with pytest.raises(OptionError, match="keep: got 0"):
         StreamSource(stream(compositor), keep=0)
+    with pytest.raises(OptionError, match="labels: got 1, expected True or False"):
+        StreamSource(stream(compositor), labels=1)
 
 
 # -- examples and benchmark ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import sys
@@ -148,6 +149,7 @@ class Card(np.ndarray):
     """A NumPy array that says that it lies in a card's memory, as CuPy's do."""
 
     __cuda_array_interface__ = None
+    device = contextlib.nullcontext()
 
     def get(self) -> np.ndarray:
         return self.view(np.ndarray).copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import cutout, smooth
+from test_placed import cuda_compositor, cupy, library  # noqa: F401
 
 import gpufgbg
 from gpufgbg import (
@@ -28,6 +31,7 @@ from gpufgbg import (
     SampleStream,
     generate,
     stream,
+    streaming,
 )
 from gpufgbg.backends import cuda
 from gpufgbg.backends.cpu import encode_jpeg, reconstruct_jpeg
@@ -49,6 +53,17 @@ def assets() -> Assets:
 def compositor(assets: Assets) -> Compositor:
     """90 samples."""
     return Compositor(assets, RECIPE, "cpu", workers=2)
+
+
+@pytest.fixture(params=["cpu", "emulated", "card"])
+def anywhere(request, compositor) -> Compositor:
+    """90 samples on the CPU, by the CUDA backend with its kernels emulated, and on a card."""
+    fixture = {"emulated": "cuda_compositor", "card": "on_card"}.get(request.param)
+    return request.getfixturevalue(fixture) if fixture else compositor
+
+
+def host(array) -> np.ndarray:
+    return array.get() if hasattr(array, "get") else array
 
 
 def indices(batches) -> list[list[int]]:
@@ -166,6 +181,9 @@ def test_processes_that_take_turns_give_the_batches_in_order(compositor, parts, 
     ]
     for k, turn in enumerate(turns):
         assert turn == whole[k::parts]
+        once = stream(compositor, batch_size=batch_size, epochs=1, rank=1, world=2, part=(k, parts))
+        assert len(once) == len(list(once))
+    assert len(stream(compositor, batch_size=16, part=(0, 3))) == 2
 
 
 def test_it_never_ends_by_itself(compositor):
@@ -248,9 +266,127 @@ def test_a_state_of_something_else_is_refused(compositor, assets):
         with pytest.raises(OptionError, match=f"state: {message}"):
             other.load_state_dict(state)
     part = stream(compositor, seed=1)
-    for wrong in ({}, None, {**state, "epoch": -1}, {**state, "position": 91}, {**state, "position": 1.5}):
+    next(part)
+    at = part.state_dict()
+    for wrong in (
+        {},
+        None,
+        {**state, "recipe": None},
+        {**state, "recipe": {}},
+        {**state, "epoch": -1},
+        {**state, "position": 91},
+        {**state, "position": 1.5},
+    ):
         with pytest.raises(OptionError, match="state"):
             part.load_state_dict(wrong)
+    assert part.state_dict() == at  # nothing changed
+
+
+def test_a_state_of_other_samples_is_refused(assets, compositor):
+    state = json.loads(json.dumps(stream(compositor).state_dict()))
+    other_pictures = Assets.from_arrays(
+        assets.backgrounds[::-1], [assets.foreground(f) for f in range(3)], [assets.mask(f) for f in range(3)]
+    )
+    same_pictures = Assets.from_arrays(
+        assets.backgrounds, [assets.foreground(f) for f in range(3)], [assets.mask(f) for f in range(3)]
+    )
+    placed = replace(RECIPE, seed=77)
+    for other, recipe, message in (
+        (other_pictures, RECIPE, r"it is of other pictures: their fingerprint is '\w{16}' there and '\w{16}' here$"),
+        (assets, placed, "the recipe's seed is 4 there and 77 here$"),
+        (assets, replace(RECIPE, per_pair=6, flip="never"), "the recipe's per_pair is 3 there and 6 here$"),
+    ):
+        part = stream(Compositor(other, recipe, "cpu"))
+        with pytest.raises(OptionError, match=f"^state: {message}"):
+            part.load_state_dict(state)
+        older = {name: value for name, value in state.items() if name not in ("recipe", "pictures")}
+        part.load_state_dict(older)
+    for quality in (RECIPE.quality, 10):  # of files alone
+        stream(same_pictures, recipe=replace(RECIPE, quality=quality), device="cpu").load_state_dict(state)
+
+
+def test_pictures_are_fingerprinted_once(compositor, monkeypatch):
+    state = stream(compositor).state_dict()
+    monkeypatch.setattr(Assets, "fingerprint", lambda self: 1 / 0)
+    part = stream(compositor)
+    part.load_state_dict(state)
+    assert part.state_dict() == state
+
+
+# -- Ctrl-C ---------------------------------------------------------------------------------------------
+
+
+def interrupted(line: int, call) -> bool:
+    """Call it, with a Ctrl-C before the ``line``-th line of streaming.py that runs; whether it came."""
+    seen = 0
+
+    def trace(frame, event, _):
+        nonlocal seen
+        if frame.f_code.co_filename != streaming.__file__:
+            return None
+        seen += event == "line"
+        if event == "line" and seen == line:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("options", [{}, {"reuse": 2}, {"part": (1, 2)}, {"shuffle": False, "drop_last": True}])
+@pytest.mark.parametrize("given", [0, 1])
+def test_ctrl_c_at_any_line_loses_no_batch(anywhere, options, given, monkeypatch):
+    monkeypatch.setattr(streaming, "_LOOK_AHEAD", 12)  # so that the order is computed anew here and there
+    made = {"batch_size": 8, "epochs": 3, "start": 70, "seed": 3, "prefetch": 1, **options}
+    plain = stream(anywhere, **{**made, "reuse": 0})
+    states, whole = [plain.state_dict()], []
+    for batch in itertools.islice(plain, given + 4):
+        whole.append((batch.index.tolist(), host(batch.image)))
+        states.append(plain.state_dict())
+    plain.close()
+    lost = 0
+    for line in itertools.count(1):
+        part = stream(anywhere, **made)
+        for _ in range(given):
+            next(part)
+        came = interrupted(line, lambda stream=part: next(stream))
+        at = states.index(part.state_dict())
+        assert at in ((given, given + 1) if came else (given + 1,)), line
+        lost += came and at == given + 1
+        for (index, image), batch in zip(whole[at : at + 2], part, strict=False):
+            assert batch.index.tolist() == index, line
+            np.testing.assert_array_equal(host(batch.image), image, err_msg=f"line {line}")
+        part.close()
+        if not came:
+            break
+    assert line > 20 and lost <= 2  # on its way out alone, when the state says so
+    assert no_threads_remain()
+
+
+def test_ctrl_c_while_an_order_is_computed(anywhere, monkeypatch):
+    whole = [(batch.epoch, batch.index.tolist()) for batch in stream(anywhere, batch_size=30, seed=1, epochs=4)]
+    part, shuffled, calls = stream(anywhere, batch_size=30, seed=1, epochs=4, prefetch=1), Permutation.__call__, []
+
+    def twice_in_vain(order, positions):
+        calls.append(order)
+        if len(calls) in (2, 3):
+            raise KeyboardInterrupt
+        return shuffled(order, positions)
+
+    monkeypatch.setattr(Permutation, "__call__", twice_in_vain)
+    found = []
+    while not part.ended:
+        with contextlib.suppress(KeyboardInterrupt):
+            batch = next(part)
+            found.append((batch.epoch, batch.index.tolist()))
+    assert found == whole and len(calls) == 6
 
 
 # -- what is in the batches -----------------------------------------------------------------------------
@@ -268,6 +404,38 @@ def test_batches_equal_those_of_the_compositor(compositor, batch_size, reuse):
         assert batch.image.shape == (len(batch), 47, 61, 3) and batch.image.dtype == batch.mask.dtype == np.uint8
         assert batch.image.flags.c_contiguous and batch.mask.flags.c_contiguous
         assert batch.depth is None
+
+
+def test_labels_and_boxes_are_where_the_images_are(anywhere, assets):
+    types = {"index": np.int64, "flip": np.bool_}
+    for batch in stream(anywhere, batch_size=32, epochs=1):
+        labels, there = batch.labels, batch.device_labels
+        for field in fields(labels):
+            one, other = getattr(labels, field.name), getattr(there, field.name)
+            assert type(one) is np.ndarray and type(other) is type(batch.image)
+            assert one.dtype == other.dtype == types.get(field.name, np.int32) and one.shape == other.shape
+            np.testing.assert_array_equal(host(other), one)
+        assert type(batch.boxes) is type(batch.image) and batch.boxes.dtype == np.int32
+        boxes, image = host(batch.boxes), host(batch.image)
+        assert boxes.shape == (len(batch), 4)
+        for n, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+            foreground = assets.foreground(labels.foreground[n])
+            assert (x0, y0) == (labels.x[n], labels.y[n]) and (y1 - y0, x1 - x0) == foreground.shape[:2]
+            background = assets.backgrounds[labels.background[n]].copy()
+            assert (image[n] != background).any()
+            background[y0:y1, x0:x1] = image[n, y0:y1, x0:x1]
+            np.testing.assert_array_equal(image[n], background)
+
+
+def test_labels_and_boxes_go_to_a_card_in_one_copy(cuda_compositor, monkeypatch):  # noqa: F811
+    import cupy  # noqa: F811
+
+    batches, copied, asarray = list(stream(cuda_compositor, batch_size=32, epochs=1)), [], cupy.asarray
+    monkeypatch.setattr(cupy, "asarray", lambda array: copied.append(array) or asarray(array))
+    for count, batch in enumerate(batches, 1):
+        assert not {"labels", "_there"} & vars(batch).keys()  # made when asked for
+        assert batch.boxes is batch.boxes and batch.device_labels is batch.device_labels
+        assert len(copied) == count
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -341,7 +509,8 @@ def test_depth_that_is_no_number_is_told_and_ends_the_stream(compositor, monkeyp
         for _ in range(5):
             next(part)
     assert no_threads_remain()
-    assert list(part) == []
+    with pytest.raises(OptionError, match=r"^stream: closed by InputError\('--depth demo: .*\), not at its end: "):
+        next(part)
 
 
 @pytest.fixture(scope="module")
@@ -427,6 +596,8 @@ def test_options_that_contradict_each_other_are_refused(compositor, folders, on_
         stream(on_disk, masks=folders["masks"])
     with pytest.raises(OptionError, match="source: a Compositor has its own"):
         stream(compositor, recipe=RECIPE)
+    with pytest.raises(OptionError, match="source: a Compositor has its own"):
+        stream(compositor, device="cuda")
     with pytest.raises(DatasetError, match=r"no dataset\.json"):
         stream(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
@@ -446,7 +617,8 @@ def test_threads_end_with_the_last_epoch_close_and_the_block(compositor):
     assert own_threads()
     part.close()
     assert not own_threads()
-    assert list(part) == []
+    with pytest.raises(OptionError, match=r"^stream: closed, not at its end: [^\n]+$"):
+        list(part)
     assert batch.image.any()
     with stream(compositor) as part, pytest.raises(RuntimeError, match="mine"):
         for _ in part:
@@ -466,7 +638,28 @@ def test_threads_end_when_the_stream_is_forgotten(compositor):
     assert no_threads_remain()
 
 
-def test_an_error_while_rendering_ends_the_stream(assets, monkeypatch):
+def test_a_closed_stream_does_not_look_like_one_at_its_end(anywhere):
+    whole = indices(stream(anywhere, batch_size=40, epochs=1))
+    part = stream(anywhere, batch_size=40, epochs=1)
+    state = part.state_dict()
+    next(part)
+    part.close()
+    for go_on in (lambda: None, lambda: part.load_state_dict(state), lambda: part.set_epoch(0)):
+        go_on()
+        with pytest.raises(OptionError, match=r"^stream: closed, not at its end"):
+            next(part)
+    part = stream(anywhere, batch_size=40, epochs=1)
+    assert indices(itertools.islice(part, len(whole))) == whole
+    assert part.ended
+    part.close()
+    assert list(part) == []
+    part.set_epoch(0)
+    assert not part.ended
+    with pytest.raises(OptionError, match="closed"):
+        list(part)
+
+
+def test_an_error_while_rendering_ends_the_stream(assets, compositor, monkeypatch):
     broken = Compositor(assets, RECIPE, "cpu", workers=2)
     part = stream(broken, batch_size=8)
     next(part)
@@ -475,7 +668,9 @@ def test_an_error_while_rendering_ends_the_stream(assets, monkeypatch):
         for _ in range(9):
             next(part)
     assert not own_threads()
-    assert list(part) == []
+    with pytest.raises(OptionError, match=r"^stream: closed by ZeroDivisionError\('division by zero'\), not at its"):
+        list(part)
+    assert stream(compositor, batch_size=8).state_dict().keys() == part.state_dict().keys()
 
 
 def test_a_forked_process_goes_on_with_threads_of_its_own(compositor):
@@ -581,7 +776,7 @@ def test_a_card_gives_the_depth_of_its_model(on_card, depth_input):
 
 @pytest.mark.parametrize("given", ["object", "pointer", "current", "null"])
 def test_a_card_works_on_the_streams_it_is_told(on_card, compositor, given):
-    import cupy
+    import cupy  # noqa: F811
 
     own = cupy.cuda.Stream(non_blocking=True)
     option = {"object": own, "pointer": own.ptr, "current": None, "null": 0}[given]
@@ -589,13 +784,25 @@ def test_a_card_works_on_the_streams_it_is_told(on_card, compositor, given):
     expected = stream(compositor, batch_size=40, epochs=1)
     with own if given == "current" else cupy.cuda.Stream.null:
         batches = list(part)
+        boxes = [batch.boxes for batch in batches]
     (cupy.cuda.Stream.null if given == "null" else own).synchronize()
-    for found, other in zip(batches, expected, strict=True):
+    for found, box, other in zip(batches, boxes, expected, strict=True):
         np.testing.assert_array_equal(found.image.get(), other.image)
+        np.testing.assert_array_equal(box.get(), other.boxes)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "auto"])
+@pytest.mark.parametrize("kind", ["cuda_compositor", "on_card"])
+def test_the_first_card_has_two_names(request, kind, name):
+    found = request.getfixturevalue(kind)
+    assert stream(found, device=name).device == found.backend.name == "cuda:0"
+    for other in ("cuda:1", "cpu"):
+        with pytest.raises(OptionError, match="source: a Compositor has its own"):
+            stream(found, device=other)
 
 
 def test_device_memory_is_flat(on_card):
-    import cupy
+    import cupy  # noqa: F811
 
     part, pool = stream(on_card, batch_size=16), cupy.get_default_memory_pool()
     for _ in itertools.islice(part, 100):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from types import SimpleNamespace
 
+import blends
 import host_build
 import numba
 import numpy as np
@@ -174,6 +177,27 @@ def test_a_blend_is_compiled_once_for_many():
     assert backends[0]._render is backends[1]._render
     assert blend.name == "pillow" and repr(blend) == "Blend(pillow)"
     assert Blend(blend.cpu.py_func.__closure__[0].cell_contents).function is pillow  # out of Numba's wrapper
+
+
+@pytest.mark.parametrize("function", [blends.inverted, blends.darker], ids=["def", "njit"])
+def test_a_blend_is_pickled_by_its_function(function):
+    blend = Blend(function)
+    again = pickle.loads(pickle.dumps(blend))
+    assert again is not blend and again.name == blend.name
+    points = [(fg, bg, 255, 3, 4) for fg in (0, 7, 255) for bg in (0, 9, 200)]
+    assert [again.cpu(*point) for point in points] == [blend.cpu(*point) for point in points]
+    assert copy.copy(blend) is copy.deepcopy(blend) is blend
+
+
+def test_a_function_without_a_name_is_not_pickled():
+    def inner(fg, bg, alpha, x, y):
+        return bg
+
+    for function in (inner, lambda fg, bg, alpha, x, y: bg):
+        blend = Blend(function)
+        with pytest.raises(OptionError, match=r"^blend: \S+ can't go to a process that is not forked: [^\n]+$"):
+            pickle.dumps(blend)
+        assert copy.deepcopy([blend]) == [blend]
 
 
 # The kernels, emulated

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpufgbg.depth.processing import Triple
 from gpufgbg.exceptions import OptionError
+from gpufgbg.moments import Moments
 from gpufgbg.normalise import check, normalise
 from gpufgbg.streaming import StreamBatch, aligned
 
@@ -31,7 +32,7 @@ class Conversion:
     dtype : {"float32", "float16", "bfloat16"}
         For float.
     labels : bool
-        Give background, foreground, repetition, flip, x and y too.
+        Give background, foreground, repetition, flip, x, y and boxes too, where the images are.
 
     Raises
     ------
@@ -52,6 +53,35 @@ class Conversion:
             raise OptionError("labels", f"got {self.labels!r}, expected True or False")
         check(self.mean, self.std, self.dtype, "NCHW")
 
+    @classmethod
+    def of(
+        cls,
+        layout: str,
+        mean: float | Triple | None,
+        std: float | Triple | None,
+        dtype: str,
+        labels: bool,
+        known: Moments | None,
+    ) -> Conversion:
+        """Like the constructor; mean and std may be left to the composites' own, ``known`` of a data set on disk.
+
+        Raises
+        ------
+        OptionError
+            A value is out of range, or mean or std is needed and nobody knows it.
+        """
+        cls(layout, dtype=dtype, labels=labels)  # told before what depends on it
+        if layout != LAYOUTS[0] and (mean is None or std is None):
+            if known is None or not known.pixels:
+                raise OptionError(
+                    "mean",
+                    f"needed with std for layout {layout!r}: only a data set on disk knows its own; "
+                    "gpufgbg.mean_std counts them",
+                )
+            mean = known.mean if mean is None else mean  # type: ignore[assignment]
+            std = known.std if std is None else std  # type: ignore[assignment]
+        return cls(layout, 0.0 if mean is None else mean, 1.0 if std is None else std, dtype, labels)
+
     @property
     def is_bfloat16(self) -> bool:
         """Whether images come as the bits of bfloat16, in uint16."""
@@ -60,8 +90,8 @@ class Conversion:
     def arrays(self, batch: StreamBatch) -> dict[str, Any]:
         """NumPy's and CuPy's arrays of a batch by name, on CuPy's current stream.
 
-        ``image``, ``mask``, ``index``, with depth ``depth`` (grey levels), ``depth_range`` and ``metres``, with
-        ``labels`` their names.
+        ``image``, ``mask``, ``index`` in the host's memory, with depth ``depth`` (grey levels), ``depth_range`` and
+        ``metres``, with ``labels`` their names and ``boxes``.
         """
         image = batch.image
         if self.layout != LAYOUTS[0]:
@@ -78,5 +108,6 @@ class Conversion:
             if batch.depth.metres is not None:
                 found["metres"] = batch.depth.metres
         if self.labels:
-            found.update((name, getattr(batch.labels, name)) for name in _LABELS)
+            found.update((name, getattr(batch.device_labels, name)) for name in _LABELS)
+            found["boxes"] = batch.boxes
         return found

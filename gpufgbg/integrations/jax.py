@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from gpufgbg.assets import Assets
 from gpufgbg.compositor import Compositor
 from gpufgbg.depth.processing import Triple
@@ -41,12 +43,12 @@ class JaxStream:
         As for `gpufgbg.stream`.
     layout : {"uint8 NHWC", "float NCHW", "float NHWC"}
         Of the images: as they are rendered, or normalised in one pass: ``(value / 255 - mean) / std``.
-    mean, std : float or (float, float, float)
-        Over values scaled to 0..1.
+    mean, std : float or (float, float, float), optional
+        Over values scaled to 0..1. Default: those of the composites, where ``source`` is a data set on disk.
     dtype : {"float32", "float16", "bfloat16"}
         Of float images. bfloat16 is copied once more by JAX.
     labels : bool
-        Give background, foreground, repetition, flip, x and y too.
+        Give background, foreground, repetition, flip, x, y and boxes too.
     rank, world : int, optional
         Default: ``jax.process_index()`` and ``jax.process_count()``.
     options
@@ -55,15 +57,16 @@ class JaxStream:
     Yields
     ------
     dict
-        ``image``, ``mask``, and with depth ``depth``, ``depth_range`` and ``metres``, as JAX arrays; ``index`` and
-        labels as NumPy arrays. Shapes and dtypes as in `gpufgbg.integrations.torch.StreamDataset`.
+        ``image``, ``mask``, with depth ``depth``, ``depth_range`` and ``metres``, with labels their names, as JAX
+        arrays on the stream's device; ``index`` as a NumPy array, as JAX has no 64 bits by default. Shapes and dtypes
+        as in `gpufgbg.integrations.torch.StreamDataset`.
 
     Raises
     ------
     DeviceError
         JAX is not installed, or the device can't be used.
     OptionError, InputError, DatasetError
-        As for `gpufgbg.stream`.
+        As for `gpufgbg.stream`; or ``mean`` and ``std`` are missing.
     """
 
     def __init__(
@@ -74,8 +77,8 @@ class JaxStream:
         recipe: Recipe | None = None,
         *,
         layout: str = "uint8 NHWC",
-        mean: float | Triple = 0.0,
-        std: float | Triple = 1.0,
+        mean: float | Triple | None = None,
+        std: float | Triple | None = None,
         dtype: str = "float32",
         labels: bool = False,
         rank: int | None = None,
@@ -83,7 +86,6 @@ class JaxStream:
         **options: Any,
     ) -> None:
         self._jax = _jax()
-        self.conversion = Conversion(layout, mean, std, dtype, labels)
         if rank is None and world is None:
             rank, world = self._jax.process_index(), self._jax.process_count()
         if "reuse" in options:
@@ -91,6 +93,8 @@ class JaxStream:
         self.stream = stream(
             source, foregrounds, masks, recipe, rank=rank or 0, world=1 if world is None else world, **options
         )
+        known = self.stream.statistics.get("composite")
+        self.conversion = Conversion.of(layout, mean, std, dtype, labels, known)
 
     def __len__(self) -> int:
         """Batches of one whole epoch, of this process."""
@@ -102,13 +106,16 @@ class JaxStream:
     def __next__(self) -> dict[str, Any]:
         """The next batch."""
         arrays = self.conversion.arrays(next(self.stream))
-        hosted = {"index", *(name for name, array in arrays.items() if array.ndim == 1)}
-        batch = {
-            name: array if name in hosted else self._jax.dlpack.from_dlpack(array) for name, array in arrays.items()
-        }
+        batch = {name: array if name == "index" else self._array(array) for name, array in arrays.items()}
         if self.conversion.is_bfloat16:
             batch["image"] = batch["image"].view(self._jax.numpy.bfloat16)
         return batch
+
+    def _array(self, array: Any) -> Any:
+        """An array's memory as JAX's; a copy of truth values, which not every speaker of DLPack knows."""
+        if array.dtype == np.bool_:
+            return self._array(array.view(np.uint8)).astype(np.bool_)
+        return self._jax.dlpack.from_dlpack(array)
 
     def state_dict(self) -> dict[str, Any]:
         """As `SampleStream.state_dict`."""

@@ -26,6 +26,7 @@ from gpufgbg.compositor import Compositor
 from gpufgbg.depth.model import DepthModel
 from gpufgbg.depth.options import DepthOptions
 from gpufgbg.depth.processing import Triple
+from gpufgbg.depth.sources import NetworkSource, open_source
 from gpufgbg.exceptions import DeviceError, OptionError
 from gpufgbg.integrations.convert import Conversion
 from gpufgbg.recipe import Recipe
@@ -70,7 +71,7 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
     dtype : {"float32", "float16", "bfloat16"}
         Of float images.
     labels : bool
-        Give background, foreground, repetition, flip, x and y too, in the host's memory.
+        Give background, foreground, repetition, flip, x, y and boxes too, on the images' device.
     as_tuple : bool
         Yield (image, mask), or (image, mask, depth), instead of a dictionary.
     rank, world : int, optional
@@ -88,13 +89,17 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
         The rest of `gpufgbg.stream`'s: ``batch_size``, ``shuffle``, ``seed``, ``metres``, ``reuse``, ``prefetch``. In
         worker processes every batch is new arrays, whatever ``reuse`` says.
 
+    It can be copied and pickled, and so used with spawned worker processes; there a blend of the user's own has to be
+    a function that a module defines at its top level.
+
     Yields
     ------
     dict of str to Tensor
         ``image`` (N, H, W, 3) uint8 or (N, 3, H, W) or (N, H, W, 3) of ``dtype``; ``mask`` (N, H, W) uint8; ``index``
         (N,) int64, in the host's memory. With depth: ``depth`` (N, H, W) uint8, ``depth_range`` (N, 2) float32,
-        ``metres`` (N, H, W) float32. All share the stream's memory; nothing is copied, but by worker processes, whose
-        batches travel through shared memory.
+        ``metres`` (N, H, W) float32. With labels: ``background``, ``foreground``, ``repetition``, ``x``, ``y`` (N,)
+        int32, ``flip`` (N,) bool, and ``boxes`` (N, 4) int32: x0, y0, x1, y1 in pixels, the ends exclusive. All share
+        the stream's memory; nothing is copied, but by worker processes, whose batches travel through shared memory.
 
     Raises
     ------
@@ -148,25 +153,16 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
         first = stream(source, foregrounds, masks, recipe, device=device, workers=workers, **self._ranks, **options)
         self._compositor: Compositor | None = first.compositor
         self._assets, self._recipe, self._device = first.compositor.assets, first.compositor.recipe, first.device
+        self._blend = first.compositor.blend
+        self._threads = source.workers if isinstance(source, Compositor) else workers
         self._length = len(first)
         self._depth = depth if depth is None or isinstance(depth, DepthModel) else DepthOptions.of(depth)
+        self._source: NetworkSource | None = None
+        if isinstance(self._depth, DepthOptions):
+            self._source = open_source(self._depth, self._recipe.size)  # what is amiss is told here
         self._model: tuple[int, DepthModel] | None = None
-        Conversion(layout, dtype=dtype, labels=labels)  # told before what depends on it
-        if layout != "uint8 NHWC" and (mean is None or std is None):
-            known = first.statistics.get("composite")
-            if known is None or not known.pixels:
-                raise OptionError(
-                    "mean",
-                    f"needed with std for layout {layout!r}: only a data set on disk knows its own; "
-                    "gpufgbg.mean_std counts them",
-                )
-            mean, std = (
-                known.mean if mean is None else mean,  # type: ignore[assignment]
-                known.std if std is None else std,  # type: ignore[assignment]
-            )
-        self.conversion = Conversion(
-            layout, 0.0 if mean is None else mean, 1.0 if std is None else std, dtype, labels
-        )
+        known = first.statistics.get("composite")
+        self.conversion = Conversion.of(layout, mean, std, dtype, labels, known)
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # seen by workers that live on
 
     def __len__(self) -> int:
@@ -200,9 +196,28 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
         """A new iteration; several may run side by side."""
         return StreamIterator(self)
 
+    @property
+    def compositor(self) -> Compositor:
+        """What makes the samples, with assets, recipe and blend; in another process made again when first needed."""
+        if self._compositor is None:
+            self._compositor = Compositor(self._assets, self._recipe, self._device, self._threads, self._blend)
+        return self._compositor
+
     def __getstate__(self) -> dict[str, Any]:
-        """For processes that are spawned: without what lives in this process; it is made again there."""
-        return {**self.__dict__, "_compositor": None, "_model": None}
+        """For copies, and processes that are not forked: without what lives in this process; it is made again there.
+
+        Raises
+        ------
+        OptionError
+            Depth is predicted by a `DepthModel`, or a blend's function has no name in another process.
+        """
+        if isinstance(self._depth, DepthModel):
+            raise OptionError("depth", "got a DepthModel, which stays in its process: expected DepthOptions")
+        return {**self.__dict__, "_compositor": None, "_source": None, "_model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # no copy is
 
     def _open(self, epoch: int, end: int | None, position: int) -> SampleStream:
         """The stream of an iteration in this process."""
@@ -217,16 +232,16 @@ class StreamDataset(_IterableDataset):  # type: ignore[misc]
             if isinstance(self._depth, DepthModel):
                 raise OptionError("depth", "got a DepthModel, with worker processes expected DepthOptions")
             options.update(part=(worker.id, worker.num_workers), reuse=0)
-        if self._compositor is None:
-            self._compositor = Compositor(self._assets, self._recipe, self._device, self._workers)
+        compositor = self.compositor
         if worker is not None and self._workers is None:
-            self._compositor.workers = 1
+            compositor.workers = 1
         depth = self._depth
         if isinstance(depth, DepthOptions):
             if self._model is None or self._model[0] != os.getpid():
-                self._model = os.getpid(), DepthModel(depth, self._recipe.size, self._device, 1)
+                made = DepthModel(depth, self._recipe.size, self._device, 1, source=self._source)
+                self._model = os.getpid(), made
             depth = self._model[1]
-        return stream(self._compositor, epoch=epoch, start=position, epochs=end, depth=depth, **options)
+        return stream(compositor, epoch=epoch, start=position, epochs=end, depth=depth, **options)
 
 
 class StreamIterator:
@@ -267,11 +282,14 @@ class StreamIterator:
         """
         if not isinstance(state, dict) or "end" not in state:
             raise OptionError("state", f"got {state!r}, expected what state_dict gives")
-        self._stream.load_state_dict(state)  # before anything changes
-        self._end = state["end"]
+        end = state["end"]
+        if end is not None and (isinstance(end, bool) or not isinstance(end, int) or end < 0):
+            raise OptionError("state", f"end is {end!r}, expected an epoch, or None for no end")
+        self._stream.load_state_dict(state)  # a state that is refused changes nothing
+        opened = self._dataset._open(state["epoch"], end, 0)
+        opened.load_state_dict(state)
         self._stream.close()
-        self._stream = self._dataset._open(state["epoch"], self._end, 0)
-        self._stream.load_state_dict(state)
+        self._stream, self._end = opened, end
 
     def close(self) -> None:
         """End it, and its threads."""
@@ -306,6 +324,8 @@ def _current_stream(torch: Any, device: str) -> Iterator[None]:
 
 def _tensor(torch: Any, array: Any) -> Any:
     """An array's memory as a tensor."""
+    if array.dtype == np.bool_:  # as bytes: not every speaker of DLPack knows it
+        return _tensor(torch, array.view(np.uint8)).view(torch.bool)
     if array.dtype == np.uint16:  # the bits of bfloat16, in a type that every DLPack knows
         array = array.view(np.int16)
     return torch.from_dlpack(array) if hasattr(array, "__cuda_array_interface__") else torch.from_numpy(array)
