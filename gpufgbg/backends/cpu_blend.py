@@ -11,12 +11,13 @@ from typing import Any
 import numba
 import numpy as np
 
-from gpufgbg.backends.cpu import _add_lanes, _clear, _compiled, _copy, _i32, _lay_background, _u16
+from gpufgbg.backends.cpu import _add_lanes, _clear, _copy, _i32, _lay_background, _u16
+from gpufgbg.compiling import compiled
 
 __all__ = ["make_render", "make_table"]
 
 
-@_compiled
+@compiled
 def make_table(pixels, mask, width, flip, alphas, colours, matte, spans):  # type: ignore[no-untyped-def]
     """A foreground as the user's blend wants it: of each byte of a composite the alpha and the colour.
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from gpufgbg.compiling import compiled
 from gpufgbg.depth.options import MEANINGS
 from gpufgbg.exceptions import OptionError
 from gpufgbg.recipe import MAX_FRAME
@@ -70,9 +71,8 @@ class Maps:
 # The CPU's side
 
 
-def _compiled(function: Any) -> Any:
-    # NumPy's error model: a division by zero is infinite, as it is on the card.
-    return numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")(function)
+# NumPy's error model: a division by zero is infinite, as it is on the card.
+_compiled = partial(compiled, error_model="numpy")
 
 
 @_compiled
