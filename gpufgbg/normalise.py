@@ -60,8 +60,8 @@ def normalise(
     Parameters
     ----------
     images : (N, H, W, 3) uint8
-        RGB, in host memory or, as CuPy's or with ``__cuda_array_interface__``, a card's. Copied first if not
-        C-contiguous.
+        RGB, in host memory or, as CuPy's or with ``__cuda_array_interface__`` or DLPack, a card's. Copied first if
+        not C-contiguous.
     mean, std : float or (float, float, float)
         Of all channels, or of red, green and blue, over values scaled to 0..1, as `Moments.mean` and `Moments.std`
         give them. The std is above 0.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import sys
@@ -14,8 +15,9 @@ import pytest
 from conftest import cutout, smooth
 from PIL import Image
 
-from gpufgbg import Assets, Batch, Compositor, DeviceError, Moments, OptionError, Placements, Recipe
+from gpufgbg import Assets, Batch, Compositor, DeviceError, InputError, Moments, OptionError, Placements, Recipe
 from gpufgbg.backends import cuda
+from gpufgbg.depth.processing import _batch
 
 SIZES = [(1, 1), (61, 47), (30, 20), (7, 47), (61, 3), (33, 21)]
 FIELDS = ("background", "foreground", "flip", "x", "y")
@@ -148,8 +150,9 @@ class Card(np.ndarray):
     """A NumPy array that says that it lies in a card's memory, as CuPy's do."""
 
     __cuda_array_interface__ = None
+    device = contextlib.nullcontext()
 
-    def get(self) -> np.ndarray:
+    def get(self, stream=None) -> np.ndarray:
         return self.view(np.ndarray).copy()
 
 
@@ -182,6 +185,7 @@ def cupy(monkeypatch) -> MagicMock:
     for name in ("arange", "asarray", "ascontiguousarray", "broadcast_to", "empty", "where", "zeros"):
         setattr(module, name, made(name))
     module.from_dlpack = lambda array: on_card(array.values)
+    module.ndarray = Card
     module.cuda.Device.return_value.id = 0
     module.cuda.Device.return_value.attributes = {"MultiProcessorCount": 7}
     module.cuda.memory.OutOfMemoryError = MemoryError
@@ -197,6 +201,32 @@ def test_arrays_on_a_card_are_copied_for_the_cpu(compositor, assets, cupy):
     )
     check(assets, batch, given)
     assert not isinstance(batch.labels.x, Card)
+
+
+class LikeTorch(ByDlpack):
+    """A tensor on a card. Its ``__cuda_array_interface__`` names no stream: whoever reads by it waits for none."""
+
+    __cuda_array_interface__ = {"version": 2}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("use", [cuda.as_array, lambda tensor: _batch("images", tensor, ("uint8",), "", (3,))])
+def test_tensors_on_a_card_are_taken_by_dlpack_so_that_their_streams_are_waited_for(cupy, use):
+    values = np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3)
+    found = use(LikeTorch(values, 2))
+    assert isinstance(found, Card)
+    np.testing.assert_array_equal(found, values)
+    assert np.shares_memory(use(found), found)  # CuPy's own
+    refused = BufferError("Can't export tensors that require gradient, use tensor.detach()")
+    cupy.from_dlpack = MagicMock(side_effect=refused)
+    with pytest.raises(InputError, match=r"^array: got LikeTorch that DLPack can't hand over: .*tensor\.detach\(\)$"):
+        use(LikeTorch(values, 2))
+
+
+def test_arrays_without_dlpack_are_taken_by_the_cuda_array_interface(cupy):
+    interface = type("Numbas", (), {"__cuda_array_interface__": {}})()
+    cupy.asarray = MagicMock(return_value=on_card([1]))
+    assert cuda.as_array(interface) is cupy.asarray.return_value
+    cupy.asarray.assert_called_once_with(interface)
 
 
 def test_an_array_on_a_card_without_cupy(compositor, monkeypatch):
@@ -246,6 +276,28 @@ def test_the_cuda_backend_refuses_what_is_out_of_range(cuda_compositor):
         cuda_compositor.render_placed(**on | {"x": on_card([0, 32, 99])})
     with pytest.raises(OptionError, match=r"x: got object \(\), expected integers"):
         cuda_compositor.render_placed(**on | {"x": None})
+
+
+@pytest.mark.parametrize("where", ["host", "card"])
+def test_moments_are_read_on_the_stream_that_made_the_batch(cuda_compositor, cupy, assets, monkeypatch, where):
+    given = anywhere(assets, 5)
+    cupy.cuda.get_current_stream.return_value = "the batch's"
+    batch = cuda_compositor.render_placed(**{n: on_card(v) if where == "card" else v for n, v in given.items()})
+    read, get = [], Card.get
+    monkeypatch.setattr(Card, "get", lambda self, stream=None: read.append(stream) or get(self))
+    cupy.cuda.get_current_stream.return_value = "another"
+    assert batch.moments["composite"] == Moments.of(batch.image)
+    assert read == ["the batch's"] * (3 if where == "card" else 1)  # what changed; backgrounds and foregrounds
+
+
+def test_sums_are_read_on_the_stream_that_counts_them(cupy, cuda_compositor, monkeypatch):
+    cupy.cuda.get_current_stream.return_value = "the counting one"
+    pictures = on_card(np.arange(64, dtype=np.uint8).reshape(1, 8, 8))
+    pending = cuda.start_moments(pictures)
+    read, get = [], Card.get
+    monkeypatch.setattr(Card, "get", lambda self, stream=None: read.append(stream) or get(self))
+    cupy.cuda.get_current_stream.return_value = "another"
+    assert pending.get() == Moments.of(pictures) and read == ["the counting one"]
 
 
 def test_the_plans_own_placements_on_emulated_kernels(cuda_compositor):

@@ -132,7 +132,17 @@ def as_stream(pointer: int) -> Any:
 
 
 def as_array(array: Any) -> Any:
-    """An array of any kind as NumPy's or, where it lies in a card's memory, as CuPy's."""
+    """An array of any kind as NumPy's or, where it lies in a card's memory, as CuPy's, without a copy.
+
+    What CuPy's current stream on that card is given next sees the array as its maker's current stream leaves it.
+
+    Raises
+    ------
+    DeviceError
+        It is in a card's memory, and CuPy is missing.
+    InputError
+        Its maker refuses to hand it over.
+    """
     if not is_on_card(array):
         by_dlpack = hasattr(array, "__dlpack__") and not hasattr(array, "__array__")
         return np.from_dlpack(array) if by_dlpack else np.asarray(array)
@@ -140,7 +150,15 @@ def as_array(array: Any) -> Any:
         import cupy
     except ImportError:
         raise DeviceError(f"an array is in a card's memory: {why_not()}") from None
-    return cupy.asarray(array) if hasattr(array, "__cuda_array_interface__") else cupy.from_dlpack(array)
+    if isinstance(array, cupy.ndarray):
+        return array
+    if not hasattr(array, "__dlpack_device__"):
+        return cupy.asarray(array)
+    # By DLPack its maker is told our stream, and makes it wait; PyTorch's __cuda_array_interface__ names no stream.
+    try:
+        return cupy.from_dlpack(array)
+    except BufferError as error:
+        raise InputError(f"array: got {type(array).__name__} that DLPack can't hand over: {error}") from None
 
 
 def moments(pictures: Any) -> Moments:
@@ -151,16 +169,19 @@ def moments(pictures: Any) -> Moments:
 
 
 class PendingSums:
-    """Moments of pictures that the card may still be counting."""
+    """Moments of pictures that the card may still be counting, on the stream that is current when this is made."""
 
     def __init__(self, images: int, pixels: int, sums: Any) -> None:
+        import cupy
+
         self._images = images
         self._pixels = pixels
         self._sums = sums
+        self._stream = cupy.cuda.get_current_stream()
 
     def get(self) -> Moments:
-        """The moments; waits for them."""
-        found = [int(v) for v in self._sums.get()]
+        """The moments; waits for them, whichever stream is current."""
+        found = [int(v) for v in self._sums.get(stream=self._stream)]
         channels = len(found) // 2
         return Moments(self._images, self._pixels, tuple(found[:channels]), tuple(found[channels:]))
 
@@ -346,16 +367,19 @@ class CudaJpeg:
 
 
 class Pending:
-    """Moments of a batch that the card may still be rendering; `get` waits for them."""
+    """Moments of a batch that the card may still be rendering, on the stream that is current when this is made."""
 
     def __init__(self, backend: CudaBackend, placements: Placements, changes: Any) -> None:
+        import cupy
+
         self._backend = backend
         self._placements = placements
         self._changes = changes
+        self._stream = cupy.cuda.get_current_stream()
 
     def get(self) -> dict[str, Moments]:
-        """The moments, by kind."""
-        return self._backend.add_up(self._placements, self._changes.get())
+        """The moments, by kind; waits for them, whichever stream is current."""
+        return self._backend.add_up(self._placements, self._changes, self._stream)
 
 
 class CudaBackend:
@@ -442,7 +466,7 @@ class CudaBackend:
                      np.int32(_FLIP_MODES[recipe.flip]), np.uint64(recipe.seed), _pointer(indices), np.int64(first),
                      np.int32(n), composites, masks, _pointer(None), changes),
                 )  # fmt: skip
-        return Pending(self, placements, changes)
+            return Pending(self, placements, changes)
 
     def _kernel(self, name: str) -> Any:
         """``composite`` or ``composite_placed``, with the user's blend where there is one."""
@@ -490,19 +514,20 @@ class CudaBackend:
                     self._grid(n), (_COMPOSITE_THREADS,),
                     (*self._packed(), table, np.int32(n), composites, masks, changes),
                 )  # fmt: skip
-        return Pending(self, placements, changes)
+            return Pending(self, placements, changes)
 
-    def add_up(self, placements: Placements, changes: Any) -> dict[str, Moments]:
-        """Exact moments from what the kernel changed of the backgrounds."""
+    def add_up(self, placements: Placements, changes: Any, stream: Any) -> dict[str, Moments]:
+        """Exact moments from what the kernel changed of the backgrounds, as soon as ``stream`` has done it."""
         count = len(placements)
         if not count:
             return {"composite": Moments(), "composite_mask": Moments()}
         pixels = count * self.recipe.width * self.recipe.height
         columns: list[Any] = [placements.background, placements.foreground]
-        background, f = (column.get() if is_on_card(column) else column for column in columns)
+        background, f = (column.get(stream=stream) if is_on_card(column) else column for column in columns)
         counts = np.bincount(background, minlength=len(self._background_sums)).tolist()
         old = [sum(c * row[k] for c, row in zip(counts, self._background_sums, strict=True)) for k in range(6)]
-        total = [int(o) + int(np.int64(c)) for o, c in zip(old, np.asarray(changes).view(np.int64), strict=True)]
+        changed = changes.get(stream=stream).view(np.int64)
+        total = [int(o) + int(c) for o, c in zip(old, changed, strict=True)]
         return {
             "composite": Moments(count, pixels, tuple(total[:3]), tuple(total[3:])),
             "composite_mask": Moments(
