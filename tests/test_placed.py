@@ -146,6 +146,12 @@ def test_a_placement_out_of_range_is_refused(compositor, wrong, message):
     assert str(refused.value).startswith(message)
 
 
+def test_rows_of_several_lengths_are_refused_in_one_line(compositor):
+    for call in (compositor.render, lambda rows: compositor.render_placed(**GOOD | {"x": rows})):
+        with pytest.raises(OptionError, match=r"^(indices|x): got list that makes no array of integers: [^\n]+$"):
+            call([[1], [2, 3]])
+
+
 class Card(np.ndarray):
     """A NumPy array that says that it lies in a card's memory, as CuPy's do."""
 
@@ -227,6 +233,13 @@ def test_arrays_without_dlpack_are_taken_by_the_cuda_array_interface(cupy):
     cupy.asarray = MagicMock(return_value=on_card([1]))
     assert cuda.as_array(interface) is cupy.asarray.return_value
     cupy.asarray.assert_called_once_with(interface)
+
+
+def test_indices_on_a_card_are_copied_to_the_host(compositor, cupy):
+    for given in (on_card([3, 5]), ByDlpack([3, 5], 2)):
+        np.testing.assert_array_equal(compositor.render(given).image, compositor.render([3, 5]).image)
+    with pytest.raises(OptionError, match=r"indices: got float64 \(1,\), expected integers \(N,\)"):
+        compositor.render(on_card([0.5]))
 
 
 def test_an_array_on_a_card_without_cupy(compositor, monkeypatch):
