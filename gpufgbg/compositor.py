@@ -17,7 +17,7 @@ from gpufgbg.assets import Assets
 from gpufgbg.backends.cuda import as_array, is_on_card
 from gpufgbg.exceptions import InputError, OptionError
 from gpufgbg.moments import Moments
-from gpufgbg.recipe import Placements, Plan, Recipe
+from gpufgbg.recipe import Placements, Plan, Recipe, _whole
 
 if TYPE_CHECKING:
     from gpufgbg.blend import Blend
@@ -34,11 +34,7 @@ def default_workers() -> int:
 
 def check_workers(workers: int | None) -> int:
     """``workers``, or the number of cores for None; `OptionError` where out of range."""
-    if workers is None:
-        return default_workers()
-    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= 1024:
-        raise OptionError("workers", f"got {workers!r}, expected 1 to 1024")
-    return workers
+    return default_workers() if workers is None else _whole("workers", workers, 1, 1024)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ class DaliDecoder:
         try:
             self._pipelines = {channels: self._new_pipeline(channels) for channels in (1, 3)}
         except _Broken as error:
-            raise DeviceError(f"device {self.name}: DALI can't decode there: {error}; or use --device cpu") from None
+            raise DeviceError(f"device {self.name}: DALI can't decode there: {error}; or use device cpu") from None
 
     def decode(self, pictures: Iterable[StoredPicture]) -> Generator[Decoded, None, None]:
         """See `gpufgbg.decoding.Decoder`."""

@@ -89,7 +89,7 @@ class JpegEncoder:
         kind, _, number = check_device(device).partition(":")
         reason = None if kind == "cpu" else cuda.why_not(int(number or 0))
         if kind == "cuda" and reason:
-            raise DeviceError(f"device {device}: {reason}; or use device='cpu'")
+            raise DeviceError(f"device {device}: {reason}; or use device cpu")
         self.device = "cpu" if kind == "cpu" or reason else f"cuda:{int(number or 0)}"
         self._cuda = None if self.device == "cpu" else cuda.CudaJpeg(quality, subsampling, optimize)
 

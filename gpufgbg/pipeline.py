@@ -35,7 +35,7 @@ from gpufgbg.manifest import (
     open_manifest,
 )
 from gpufgbg.moments import Moments
-from gpufgbg.recipe import Plan, Recipe, Shard
+from gpufgbg.recipe import Plan, Recipe, Shard, _whole
 from gpufgbg.scaleout.devices import several_devices
 from gpufgbg.segments import CompactingRecorder, has_segments, pack_segments, unpack_segments
 from gpufgbg.urls import is_url
@@ -183,8 +183,7 @@ def generate(
         raise OptionError("labels", f"can't be left out with sink {sink!r}, expected tar, whose shards have them")
     if sink not in sinks.SINKS:
         raise OptionError("sink", f"got {sink!r}, expected one of {', '.join(sinks.SINKS)}")
-    if batch_size is not None and (not isinstance(batch_size, int) or not 1 <= batch_size <= 65536):
-        raise OptionError("batch_size", f"got {batch_size!r}, expected 1 to 65536")
+    batch_size = _checked_batch_size(batch_size)
     options = None if depth is None else DepthOptions.of(depth)
     sources = find_sources(backgrounds, foregrounds, masks)
     if not os.fspath(out):
@@ -265,6 +264,7 @@ def add_depth(
     devices = several_devices(device)
     if not devices:
         check_device(device)
+    batch_size = _checked_batch_size(batch_size)
     options = DepthOptions.of(depth)
     if is_url(path):
         raise OptionError("DATASET", f"got {printable(path)}: depth maps go into a store with generate --depth alone")
@@ -550,6 +550,10 @@ def make_engine(
     from gpufgbg.cuda_pipeline import CudaPipeline
 
     return CudaPipeline(backend, compositor.plan, sink, manifest, workers, batch_size, depth)
+
+
+def _checked_batch_size(batch_size: int | None) -> int | None:
+    return None if batch_size is None else _whole("batch_size", batch_size, 1, 65_536)
 
 
 def _part(samples: tuple[int | None, int | None] | None, total: int) -> Shard:

@@ -15,6 +15,7 @@ from gpufgbg.files import storage_errors, write_atomic
 from gpufgbg.layout import KINDS
 from gpufgbg.moments import Moments
 from gpufgbg.readers import StoredPicture, decode, scan
+from gpufgbg.recipe import _whole
 from gpufgbg.statistics import KindStatistics
 from gpufgbg.urls import is_url, local_path
 
@@ -128,8 +129,7 @@ def preview(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = N
     ------
     OptionError, DatasetError, StorageError
     """
-    if isinstance(columns, bool) or not isinstance(columns, int) or not 1 <= columns <= 100:
-        raise OptionError("columns", f"got {columns!r}, expected 1 to 100")
+    columns = _whole("columns", columns, 1, 100)
     if is_url(path):
         raise OptionError("DATASET", f"{printable(path)}: preview shows data sets on this machine alone")
     root = local_path(path)

@@ -76,8 +76,9 @@ def verify(
     DeviceError
         The device is not there, or can't decode.
     """
-    if isinstance(rerender, bool) or not isinstance(rerender, int) or rerender < 0:
+    if isinstance(rerender, bool) or not isinstance(rerender, (int, np.integer)) or rerender < 0:
         raise OptionError("rerender", f"got {rerender!r}, expected 0 or more")
+    rerender = int(rerender)
     backends.check_device(device)
     if is_foreign(path):
         if rerender:

@@ -366,7 +366,7 @@ def test_out_of_memory_takes_smaller_batches_or_says_what_it_needs(folders, tmp_
         assert oracle.tree_of(tmp_path / "cuda") == oracle.tree_of(tmp_path / "cpu")
         pool.free_all_blocks()
         pool.set_limit(size=6 << 20)
-        with pytest.raises(DeviceError, match=r"out of memory: one sample takes \d+ MB.*or use --device cpu"):
+        with pytest.raises(DeviceError, match=r"out of memory: one sample takes \d+ MB.*or use device cpu"):
             generate(tmp_path / "none", **folders, recipe=recipe, device="cuda", workers=2)
     finally:
         pool.set_limit(size=0)

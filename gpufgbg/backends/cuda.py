@@ -404,7 +404,7 @@ class CudaBackend:
     def __init__(self, assets: Assets, recipe: Recipe, index: int = 0, blend: Blend | None = None) -> None:
         reason = why_not(index)
         if reason is not None:
-            raise DeviceError(f"device cuda:{index}: {reason}; or use --device cpu")
+            raise DeviceError(f"device cuda:{index}: {reason}; or use device cpu")
         import cupy
 
         self.name = f"cuda:{index}"
@@ -421,7 +421,7 @@ class CudaBackend:
             free, total = self.device.mem_info
             raise DeviceError(
                 f"device {self.name}: out of memory: the pictures take {needed} MB, {free >> 20} MB of "
-                f"{total >> 20} MB are free: free some, or use --device cpu"
+                f"{total >> 20} MB are free: free some, or use device cpu"
             ) from None
         self._mask_sums, self._mask_squares = blended_mask_sums(assets)
         self.jpeg = CudaJpeg(recipe.quality, recipe.subsampling, recipe.optimize)
