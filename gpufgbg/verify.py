@@ -291,8 +291,8 @@ def _rendered(compositor: Compositor, layout: Layout, indices: list[int]) -> dic
     for start in range(0, len(indices), _BATCH):
         batch = compositor.render(indices[start : start + _BATCH])
         encoded = {
-            "composite": list(encoder.encode(batch.image)),
-            "composite_mask": list(encoder.encode(batch.mask)),
+            "composite": list(encoder.encode(batch.image, "HWC")),
+            "composite_mask": list(encoder.encode(batch.mask, "HW")),
         }
         files.update(EncodedSamples(batch.labels, layout.stems(batch.labels), encoded).items())
     return files

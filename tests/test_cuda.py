@@ -233,8 +233,8 @@ def pictures(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def check(batch: np.ndarray, quality: int, subsampling: str, optimize: bool) -> None:
-    encoder = JpegEncoder(quality, subsampling, optimize, "cuda")
-    found, pixels = list(encoder.encode(batch)), encoder.reconstruct(batch).get()
+    encoder, layout = JpegEncoder(quality, subsampling, optimize, "cuda"), "HW" if batch.ndim == 3 else "HWC"
+    found, pixels = list(encoder.encode(batch, layout)), encoder.reconstruct(batch, layout).get()
     for n, file in enumerate(found):
         expected = oracle.jpeg(Image.fromarray(batch[n]), quality, subsampling, optimize)
         case = (n, batch.shape, quality, subsampling, optimize)

@@ -188,7 +188,7 @@ def cupy(monkeypatch) -> MagicMock:
         return lambda *arguments, **options: getattr(np, name)(*arguments, **options).view(Card)
 
     module = MagicMock(name="cupy")
-    for name in ("arange", "asarray", "ascontiguousarray", "broadcast_to", "empty", "where", "zeros"):
+    for name in ("arange", "asarray", "ascontiguousarray", "broadcast_to", "concatenate", "empty", "where", "zeros"):
         setattr(module, name, made(name))
     module.from_dlpack = lambda array: on_card(array.values)
     module.ndarray = Card

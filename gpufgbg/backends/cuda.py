@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import OrderedDict
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ _COMPOSITE_THREADS, _MOMENTS_THREADS = 256, 192
 # kernels/jpeg.cu: MCUs of a chunk, and sampling factors, by mode
 _MODES = {"grey": (192, 1, 1), "444": (64, 1, 1), "422": (32, 2, 1), "420": (32, 2, 2)}
 _CLASS_ENTRIES, _HEADER_STRIDE, _SETUP_BYTES, _RECONSTRUCT_THREADS = 272, 640, 4096, 128
-_MAX_SIDE = 65_500  # libjpeg's limit
+_SETUPS = 64  # of the sizes and streams met last
+MAX_SIDE = 65_500  # libjpeg's limit
 _DLPACK_CARD = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _modules: dict[tuple[int, str], Any] = {}
 _lock = threading.Lock()
@@ -207,15 +209,15 @@ def _launch_moments(pictures: Any, channels: int, sums: Any) -> None:
 
 def _checked(pictures: Any) -> tuple[int, int, int, int]:
     """(N, height, width, channels) of pictures that the kernels of ``kernels/jpeg.cu`` take, or `InputError`."""
-    n, height, width = pictures.shape[:3]
-    channels = pictures.shape[3] if pictures.ndim == 4 else 1
-    if pictures.dtype != np.uint8 or channels not in (1, 3) or not pictures.flags.c_contiguous:
+    fits = pictures.ndim in (3, 4) and pictures.shape[3:] in ((), (3,)) and pictures.flags.c_contiguous
+    if pictures.dtype != np.uint8 or not fits:
         raise InputError(
             f"pictures: got {pictures.dtype} {pictures.shape}, expected C-contiguous uint8 (N, H, W[, 3])"
         )
-    if not 1 <= height <= _MAX_SIDE or not 1 <= width <= _MAX_SIDE:
-        raise InputError(f"pictures: got {width}x{height}, expected 1 to {_MAX_SIDE:,} pixels a side")
-    return n, height, width, channels
+    n, height, width = pictures.shape[:3]
+    if not 1 <= height <= MAX_SIDE or not 1 <= width <= MAX_SIDE:
+        raise InputError(f"pictures: got {width}x{height}, expected 1 to {MAX_SIDE:,} pixels a side")
+    return n, height, width, 3 if pictures.ndim == 4 else 1
 
 
 class CudaJpeg:
@@ -235,7 +237,8 @@ class CudaJpeg:
         self.quality = quality
         self.subsampling = subsampling
         self.optimize = optimize
-        self._setups: dict[tuple[int, ...], Any] = {}
+        self._setups: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # the latest used last
+        self._lock = threading.Lock()
 
     def geometry(self, height: int, width: int, channels: int) -> tuple[str, int, int, int]:
         """(mode, blocks of 8x8 an MCU, MCUs a picture, MCUs a chunk)."""
@@ -357,13 +360,17 @@ class CudaJpeg:
 
         code = 0 if channels == 1 else ("444", "422", "420").index(self.subsampling)
         key = (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr, height, width, channels)
-        setup = self._setups.get(key)  # one a stream: another stream could read it before it is made
-        if setup is None:
-            setup = cupy.empty(_SETUP_BYTES, np.uint8)
-            arguments = [np.int32(v) for v in (width, height, channels, code, self.quality)]
-            kernel("jpeg", "jpeg_setup")((1,), (32,), (*arguments, setup))
-            self._setups[key] = setup
-        return setup
+        with self._lock:
+            setup = self._setups.get(key)  # one a stream: another stream could read it before it is made
+            if setup is None:
+                setup = cupy.empty(_SETUP_BYTES, np.uint8)
+                arguments = [np.int32(v) for v in (width, height, channels, code, self.quality)]
+                kernel("jpeg", "jpeg_setup")((1,), (32,), (*arguments, setup))
+                self._setups[key] = setup
+                if len(self._setups) > _SETUPS:  # launches that still read it go before any other use of its memory
+                    self._setups.popitem(last=False)
+            self._setups.move_to_end(key)
+            return setup
 
 
 class Pending:
