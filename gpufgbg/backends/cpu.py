@@ -261,7 +261,7 @@ class CpuBackend:
         if blend is not None:
             from gpufgbg.backends import cpu_blend
 
-            self._make_table, self._render = cpu_blend.make_table, cpu_blend.make_render(blend.cpu)
+            self._make_table, self._render = cpu_blend.make_table, blend.cpu_render()
         frames = assets.backgrounds
         self._backgrounds = frames.reshape(len(frames), -1)
         parts = [moments(frame[None]) for frame in frames]

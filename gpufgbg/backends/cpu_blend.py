@@ -5,7 +5,6 @@ They take what ``_make_table`` and ``_render`` in ``cpu.py`` take, so that all a
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numba
@@ -36,9 +35,8 @@ def make_table(pixels, mask, width, flip, alphas, colours, matte, spans):  # typ
         spans[start // width, 0], spans[start // width, 1] = 0, width
 
 
-@lru_cache(16)
 def make_render(blend: Any) -> Any:
-    """``_render`` of ``cpu.py`` with the user's blend inlined, and `make_table`'s tables.
+    """``_render`` of ``cpu.py`` with the user's blend inlined, and `make_table`'s tables. Compiled at its first call.
 
     Parameters
     ----------
