@@ -36,7 +36,7 @@ class EncodedImages:
 
     buffer: Any
     offsets: Any
-    _stream: Any = field(default=None, repr=False)  # of CuPy, that makes them
+    _made: Any = field(default=None, repr=False)  # on a card, when they are there
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -77,7 +77,9 @@ class EncodedImages:
         return [bytes(data[starts[n - first] : starts[n - first + 1]].tobytes()) for n in numbers]
 
     def _on_host(self, array: Any) -> Any:
-        return array.get(stream=self._stream) if cuda.is_on_card(array) else array
+        if self._made is not None:
+            return self._made.get(array)
+        return array.get() if cuda.is_on_card(array) else array
 
 
 class JpegEncoder:
@@ -167,7 +169,7 @@ class JpegEncoder:
         with cupy.cuda.Device(int(self.device.partition(":")[2])):
             groups = _groups(given)
             parts = [self._cuda.encode(_on_card([given[i].pixels for i in group])) for group in groups]
-            return EncodedImages(*_in_order(parts, groups), cupy.cuda.get_current_stream())
+            return EncodedImages(*_in_order(parts, groups), cuda.Mark())
 
     def reconstruct(self, images: Any, layout: str = "auto") -> Any:
         """The pixels that a decoder (libjpeg-turbo, as in Pillow) gets from `encode`'s files.

@@ -320,14 +320,14 @@ def test_jax_takes_files_on_the_host(pictures):
     np.testing.assert_array_equal(jax.dlpack.from_dlpack(files.buffer), files.buffer)
 
 
-def test_files_on_a_card_are_read_on_the_stream_that_makes_them(mixed, as_card, monkeypatch):
-    as_card.cuda.get_current_stream.return_value = "the encoder's"
+def test_files_on_a_card_are_read_after_the_stream_that_makes_them(mixed, as_card, monkeypatch):
+    event, log, get = as_card.cuda.Event.return_value, [], Card.get
     files = JpegEncoder(device="cuda").encode(mixed)
-    read, get = set(), Card.get
-    monkeypatch.setattr(Card, "get", lambda self, stream=None: read.add(stream) or get(self))
-    as_card.cuda.get_current_stream.return_value = "another"
+    event.record.assert_called_once_with()
+    monkeypatch.setattr(Card, "get", lambda self: log.append("copy") or get(self))
+    as_card.cuda.get_current_stream.return_value.wait_event = lambda given: log.append(given)
     assert list(files)[2] == files[2] == files[2:3][0] and len(files.sizes) == len(files)
-    assert read == {"the encoder's"}
+    assert log == [event, "copy"] * 7  # offsets and bytes thrice, and offsets
 
 
 def test_tables_for_many_sizes_do_not_pile_up(cupy, monkeypatch):  # noqa: F811

@@ -158,7 +158,7 @@ class Card(np.ndarray):
     __cuda_array_interface__ = None
     device = contextlib.nullcontext()
 
-    def get(self, stream=None) -> np.ndarray:
+    def get(self) -> np.ndarray:
         return self.view(np.ndarray).copy()
 
 
@@ -291,26 +291,60 @@ def test_the_cuda_backend_refuses_what_is_out_of_range(cuda_compositor):
         cuda_compositor.render_placed(**on | {"x": None})
 
 
-@pytest.mark.parametrize("where", ["host", "card"])
-def test_moments_are_read_on_the_stream_that_made_the_batch(cuda_compositor, cupy, assets, monkeypatch, where):
-    given = anywhere(assets, 5)
-    cupy.cuda.get_current_stream.return_value = "the batch's"
-    batch = cuda_compositor.render_placed(**{n: on_card(v) if where == "card" else v for n, v in given.items()})
-    read, get = [], Card.get
-    monkeypatch.setattr(Card, "get", lambda self, stream=None: read.append(stream) or get(self))
-    cupy.cuda.get_current_stream.return_value = "another"
+class Streams:
+    """What a card is given, in order: each launch, mark, wait and copy with the stream that is current then."""
+
+    def __init__(self, cupy: MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[object, ...]] = []
+        self.current = "first"
+        get, kernel = Card.get, cuda.kernel
+
+        def event(**options) -> MagicMock:
+            assert options == {"disable_timing": True}
+            made = MagicMock()
+            made.record = lambda: self.log.append(("mark", self.current, made))
+            return made
+
+        def launcher(stem: str, name: str):
+            launch = kernel(stem, name)
+            return lambda *arguments: self.log.append(("launch", self.current)) or launch(*arguments)
+
+        monkeypatch.setattr(cuda, "kernel", launcher)
+        monkeypatch.setattr(Card, "get", lambda array: self.log.append(("copy", self.current)) or get(array))
+        cupy.cuda.Event = event
+        cupy.cuda.get_current_stream.return_value.wait_event = lambda event: self.log.append(
+            ("wait", self.current, event)
+        )
+
+    def check(self, copies: int) -> None:
+        """Copies by another stream than the one that made the arrays, each after waiting for what made them."""
+        made = [entry for entry in self.log if entry[1] == "first"]
+        (event,) = {entry[2] for entry in made if entry[0] == "mark"}
+        assert made[-2:] == [("launch", "first"), ("mark", "first", event)]
+        after = self.log[self.log.index(made[-1]) + 1 :]
+        assert after == [("wait", "another", event), ("copy", "another")] * copies
+
+
+@pytest.fixture
+def streams(cuda_compositor, cupy, monkeypatch) -> Streams:
+    return Streams(cupy, monkeypatch)
+
+
+@pytest.mark.parametrize("where", ["plan", "host", "card"])
+def test_moments_are_read_after_the_stream_that_made_the_batch(cuda_compositor, streams, assets, where):
+    given = {n: on_card(v) if where == "card" else v for n, v in anywhere(assets, 5).items()}
+    batch = cuda_compositor.render([3, 1, 2]) if where == "plan" else cuda_compositor.render_placed(**given)
+    streams.current = "another"
     assert batch.moments["composite"] == Moments.of(batch.image)
-    assert read == ["the batch's"] * (3 if where == "card" else 1)  # what changed; backgrounds and foregrounds
+    streams.check(3 if where == "card" else 1)  # backgrounds and foregrounds; what changed
 
 
-def test_sums_are_read_on_the_stream_that_counts_them(cupy, cuda_compositor, monkeypatch):
-    cupy.cuda.get_current_stream.return_value = "the counting one"
+def test_sums_are_read_after_the_stream_that_counts_them(streams):
     pictures = on_card(np.arange(64, dtype=np.uint8).reshape(1, 8, 8))
     pending = cuda.start_moments(pictures)
-    read, get = [], Card.get
-    monkeypatch.setattr(Card, "get", lambda self, stream=None: read.append(stream) or get(self))
-    cupy.cuda.get_current_stream.return_value = "another"
-    assert pending.get() == Moments.of(pictures) and read == ["the counting one"]
+    streams.current = "another"
+    assert pending.get() == Moments.of(pictures)
+    streams.check(1)
 
 
 def test_the_plans_own_placements_on_emulated_kernels(cuda_compositor):

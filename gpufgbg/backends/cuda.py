@@ -170,20 +170,39 @@ def moments(pictures: Any) -> Moments:
     return start_moments(cupy.ascontiguousarray(cupy.asarray(pictures))).get()
 
 
+class Mark:
+    """The point in the work of CuPy's current stream that is after all that it has been given so far."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._event = cupy.cuda.Event(disable_timing=True)
+        self._event.record()
+
+    def get(self, array: Any) -> Any:
+        """An array on the card, as it is at this point, copied to the host by whichever stream is current now.
+
+        It waits for this point, but not for what the marked stream was given after it.
+        """
+        import cupy
+
+        with array.device:
+            cupy.cuda.get_current_stream().wait_event(self._event)
+            return array.get()
+
+
 class PendingSums:
     """Moments of pictures that the card may still be counting, on the stream that is current when this is made."""
 
     def __init__(self, images: int, pixels: int, sums: Any) -> None:
-        import cupy
-
         self._images = images
         self._pixels = pixels
         self._sums = sums
-        self._stream = cupy.cuda.get_current_stream()
+        self._made = Mark()
 
     def get(self) -> Moments:
         """The moments; waits for them, whichever stream is current."""
-        found = [int(v) for v in self._sums.get(stream=self._stream)]
+        found = [int(v) for v in self._made.get(self._sums)]
         channels = len(found) // 2
         return Moments(self._images, self._pixels, tuple(found[:channels]), tuple(found[channels:]))
 
@@ -377,16 +396,14 @@ class Pending:
     """Moments of a batch that the card may still be rendering, on the stream that is current when this is made."""
 
     def __init__(self, backend: CudaBackend, placements: Placements, changes: Any) -> None:
-        import cupy
-
         self._backend = backend
         self._placements = placements
         self._changes = changes
-        self._stream = cupy.cuda.get_current_stream()
+        self._made = Mark()
 
     def get(self) -> dict[str, Moments]:
         """The moments, by kind; waits for them, whichever stream is current."""
-        return self._backend.add_up(self._placements, self._changes, self._stream)
+        return self._backend.add_up(self._placements, self._changes, self._made)
 
 
 class CudaBackend:
@@ -523,17 +540,17 @@ class CudaBackend:
                 )  # fmt: skip
             return Pending(self, placements, changes)
 
-    def add_up(self, placements: Placements, changes: Any, stream: Any) -> dict[str, Moments]:
-        """Exact moments from what the kernel changed of the backgrounds, as soon as ``stream`` has done it."""
+    def add_up(self, placements: Placements, changes: Any, made: Mark) -> dict[str, Moments]:
+        """Exact moments from what the kernel changed of the backgrounds, as it is at ``made``."""
         count = len(placements)
         if not count:
             return {"composite": Moments(), "composite_mask": Moments()}
         pixels = count * self.recipe.width * self.recipe.height
         columns: list[Any] = [placements.background, placements.foreground]
-        background, f = (column.get(stream=stream) if is_on_card(column) else column for column in columns)
+        background, f = (made.get(column) if is_on_card(column) else column for column in columns)
         counts = np.bincount(background, minlength=len(self._background_sums)).tolist()
         old = [sum(c * row[k] for c, row in zip(counts, self._background_sums, strict=True)) for k in range(6)]
-        changed = changes.get(stream=stream).view(np.int64)
+        changed = made.get(changes).view(np.int64)
         total = [int(o) + int(c) for o, c in zip(old, changed, strict=True)]
         return {
             "composite": Moments(count, pixels, tuple(total[:3]), tuple(total[3:])),
