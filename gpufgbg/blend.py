@@ -6,8 +6,9 @@ frame. It is called for every pixel of the foreground's rectangle, also where al
 channels. What it returns is cut to 0 to 255; a fraction is dropped then, and what is not a number (NaN) is 0.
 
 Both compilers are Numba's, with the same rules: whole numbers have 64 bits, a division by 0 raises nothing (``// 0``
-and ``% 0`` are 0), an index out of range is not noticed, global and enclosing variables are constants. Integer
-arithmetic is exact, so the bytes are the same everywhere. So they are with floats, as long as each operation is one
+and ``% 0`` are 0), an integer to the power of an integer is an integer (``x ** -1`` is 0 for x from 2 on), an index
+out of range is not noticed, global and enclosing variables are constants. Integer arithmetic is exact, so the bytes
+are the same everywhere. So they are with floats, as long as each operation is one
 that IEEE 754 defines (``+ - * /``, comparisons, conversions, ``math.sqrt``): neither side reorders or joins them, nor
 rounds to another precision. ``exp``, ``sin`` and the like come from two libraries, as do ``**``, ``//`` and ``%`` of
 floats; they can differ in the last bit.
@@ -23,10 +24,11 @@ import inspect
 import pickle
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from importlib import resources
+from types import CodeType, ModuleType
 from typing import Any
 
 import numba
@@ -40,6 +42,8 @@ __all__ = ["Blend"]
 _ARGUMENTS = ("fg", "bg", "alpha", "x", "y")
 _SYMBOL = "gpufgbg_blend"  # of kernels/composite.cu
 _OLDEST_CARD = (7, 5)  # LTO-IR for a card is fit for all later ones, too
+# Steps of Python's bytecode: of try, and of with, which has them too
+_TRIES, _WITHS = {"PUSH_EXC_INFO", "SETUP_FINALLY"}, {"WITH_EXCEPT_START", "SETUP_WITH"}
 _MISSING = "a blend on a card needs Numba-CUDA (pip install 'gpufgbg[blend]'), or use device cpu"
 
 
@@ -66,7 +70,8 @@ class Blend:
     Raises
     ------
     OptionError
-        It takes other arguments, can't be compiled, raises exceptions, or returns no number.
+        It takes other arguments, is async, can't be compiled, returns no number, or raises or catches exceptions,
+        itself or in a function that it calls.
 
     Examples
     --------
@@ -80,6 +85,7 @@ class Blend:
         self._given = function
         self.function = _checked(function)
         self.name = printable_name(self.function)
+        self._render: Any = None
         self._cubins: dict[int, bytes] = {}
         self._ltoir: bytes | None = None
         self._lock = threading.Lock()
@@ -113,6 +119,15 @@ class Blend:
                 "its top level (no lambda, no inner function), or forked processes",
             ) from None
         return Blend, (self._given,)
+
+    def cpu_render(self) -> Any:
+        """The CPU backend's loops with this blend, see `gpufgbg.backends.cpu_blend.make_render`. Made once."""
+        from gpufgbg.backends.cpu_blend import make_render
+
+        with self._lock:
+            if self._render is None:
+                self._render = make_render(self.cpu)
+            return self._render
 
     def link(self, cc: int) -> bytes:
         """Machine code of ``kernels/composite.cu`` with this blend; no card is needed. Made once for each ``cc``.
@@ -153,15 +168,55 @@ def _checked(function: Any) -> Callable[..., Any]:
     expected = f"expected a Python function of ({', '.join(_ARGUMENTS)})"
     if not inspect.isfunction(function):
         raise OptionError("blend", f"got {type(function).__name__}, {expected}")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise OptionError("blend", f"got async {printable_name(function)}, {expected}")
     parameters = inspect.signature(function).parameters.values()
     plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
     if len(parameters) != len(_ARGUMENTS) or not plain:
         found = ", ".join(map(str, parameters))
         raise OptionError("blend", f"{printable_name(function)} takes ({found}), {expected}")
-    if any(step.opname == "RAISE_VARARGS" for step in dis.get_instructions(function)):
-        name = printable_name(function)
-        raise OptionError("blend", f"{name} raises exceptions, which a card can't: return a value")
+    name = printable_name(function)
+    for called in _calls(function):
+        who = name if called is function else f"{name} calls {printable_name(called)}, which"
+        steps = {step.opname for code in _codes(called.__code__) for step in dis.get_instructions(code)}
+        if "RAISE_VARARGS" in steps:
+            raise OptionError("blend", f"{who} raises exceptions, which a card can't: return a value")
+        if steps & _TRIES and not steps & _WITHS:  # Numba tells what is wrong with a with
+            raise OptionError("blend", f"{who} has a try, which a card can't: test for what would raise")
     return function
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions inside of it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes(inner)
+
+
+def _calls(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """A function and the functions of Numba's that it names, and what these name: variables, or those of modules."""
+    seen: set[int] = set()
+    waiting: list[Any] = [function]
+    while waiting:
+        caller = waiting.pop()
+        if id(caller) in seen:
+            continue
+        seen.add(id(caller))
+        yield caller
+        names = {name for code in _codes(caller.__code__) for name in code.co_names}
+        named = [caller.__globals__.get(name) for name in names]
+        for cell in caller.__closure__ or ():
+            with suppress(ValueError):  # empty
+                named.append(cell.cell_contents)
+        modules: list[ModuleType] = []
+        for value in named:  # it grows
+            if isinstance(value, ModuleType):
+                if value not in modules:
+                    modules.append(value)
+                    named.extend(vars(value).get(name) for name in names)
+            elif inspect.isfunction(called := getattr(value, "py_func", None)):
+                waiting.append(called)
 
 
 def _check_result(function: Callable[..., Any], name: str) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gpufgbg import backends
 from gpufgbg.assets import Assets
 from gpufgbg.backends.cuda import as_array, is_on_card
+from gpufgbg.checks import whole
 from gpufgbg.exceptions import InputError, OptionError
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Placements, Plan, Recipe
@@ -34,11 +35,7 @@ def default_workers() -> int:
 
 def check_workers(workers: int | None) -> int:
     """``workers``, or the number of cores for None; `OptionError` where out of range."""
-    if workers is None:
-        return default_workers()
-    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= 1024:
-        raise OptionError("workers", f"got {workers!r}, expected 1 to 1024")
-    return workers
+    return default_workers() if workers is None else whole("workers", workers, 1, 1024)
 
 
 @dataclass(frozen=True)
@@ -140,18 +137,15 @@ class Compositor:
         Parameters
         ----------
         indices : (N,) integers
-            Any samples from 0 to ``len(compositor) - 1``, in any order, also twice; on the host or on a card.
+            Any samples from 0 to ``len(compositor) - 1``, in any order, also twice; on the host or on a card. Or one.
 
         Raises
         ------
         OptionError
-            An index is outside the data set.
+            Not integers, of another shape, or an index is outside the data set.
         """
-        if hasattr(indices, "__cuda_array_interface__"):
-            import cupy
-
-            indices = cupy.asnumpy(cupy.asarray(indices))
-        return self._batch(self.plan.placements(np.asarray(indices)), self.backend.render)
+        given = _as_array("indices", indices)
+        return self._batch(self.plan.placements(given.get() if is_on_card(given) else given), self.backend.render)
 
     def render_placed(self, *, background: Any, foreground: Any, flip: Any, x: Any, y: Any) -> Batch:
         """Samples of the caller's own placements, as new arrays: what goes where is decided outside.
@@ -207,7 +201,7 @@ class Compositor:
 
     def _placements(self, given: dict[str, Any]) -> Placements:
         """The caller's arrays, checked, all on the host or all on the card."""
-        arrays: dict[str, Any] = {name: as_array(values) for name, values in given.items()}
+        arrays: dict[str, Any] = {name: _as_array(name, values) for name, values in given.items()}
         count = max((len(v) for v in arrays.values() if v.ndim == 1), default=1)
         for name, values in arrays.items():
             whole = values.dtype.kind in ("biu" if name == "flip" else "iu") or not values.size
@@ -258,3 +252,12 @@ class Compositor:
             f"sample {n}: got {at[name]}, expected 0 to {most}: foreground {f} is {width}x{height}, the frame "
             f"{frame_width}x{frame_height}, and nothing is cut off at its edge",
         )
+
+
+def _as_array(name: str, values: Any) -> Any:
+    """Numbers of any kind as NumPy's array or, where they lie in a card's memory, as CuPy's."""
+    try:
+        return as_array(values)
+    except (TypeError, ValueError) as error:  # rows of several lengths, arrays on a card in a list
+        said = str(error).partition("\n")[0]
+        raise OptionError(name, f"got {type(values).__name__} that makes no array of integers: {said}") from None

@@ -165,7 +165,7 @@ class CudaPipeline:
             needed = self.sample_bytes() >> 20
             raise DeviceError(
                 f"device {self.backend.name}: out of memory: one sample takes {needed} MB, {free >> 20} MB of "
-                f"{total >> 20} MB are free: free some, lower --size, or use --device cpu"
+                f"{total >> 20} MB are free: free some, lower the size, or use device cpu"
             ) from None
         self.batch = max(1, tried // 2)
 

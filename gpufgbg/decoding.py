@@ -110,7 +110,7 @@ def select(device: str = "auto", workers: int | None = None) -> Decoder:
     index = int(number or 0)
     reason = cuda.why_not(index) or why_not()
     if reason is not None:
-        raise DeviceError(f"device cuda:{index}: {reason}; or use --device cpu")
+        raise DeviceError(f"device cuda:{index}: {reason}; or use device cpu")
     return DaliDecoder(index, threads)
 
 

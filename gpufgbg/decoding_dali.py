@@ -138,7 +138,7 @@ class DaliDecoder:
         try:
             self._pipelines = {channels: self._new_pipeline(channels) for channels in (1, 3)}
         except _Broken as error:
-            raise DeviceError(f"device {self.name}: DALI can't decode there: {error}; or use --device cpu") from None
+            raise DeviceError(f"device {self.name}: DALI can't decode there: {error}; or use device cpu") from None
 
     def decode(self, pictures: Iterable[StoredPicture]) -> Generator[Decoded, None, None]:
         """See `gpufgbg.decoding.Decoder`."""
@@ -277,7 +277,7 @@ class _DaliPart:
             self._leave_to_cpu()
             return
         with self._decoder.here():
-            self._sums = [self._start_sums(cuda.as_array(tensor)) for tensor in self._tensors]
+            self._sums = [self._start_sums(_as_array(tensor)) for tensor in self._tensors]
 
     def _leave_to_cpu(self) -> None:
         self._pipeline = None
@@ -435,6 +435,15 @@ def _grouped(files: Sequence[_Jpeg], channels: int) -> Iterator[list[_Jpeg]]:
         pixel_bytes += own
     if group:
         yield group
+
+
+def _as_array(tensor: Any) -> Any:
+    """A tensor of DALI's as NumPy's or CuPy's; on a card it is there for the stream for counting already."""
+    if not cuda.is_on_card(tensor):
+        return cuda.as_array(tensor)
+    import cupy
+
+    return cupy.asarray(tensor)
 
 
 def _luma(pixels: Any) -> Any:

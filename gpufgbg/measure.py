@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gpufgbg.arrays import Pictures, read_arrays
 from gpufgbg.backends import check_device, cuda
 from gpufgbg.backends.cpu import moments
 from gpufgbg.compositor import check_workers
@@ -23,14 +25,18 @@ from gpufgbg.statistics import MEASURED, statistics
 __all__ = ["mean_std"]
 
 
-def mean_std(pictures: Any, kind: str | None = None, workers: int | None = None, device: str = "auto") -> Moments:
+def mean_std(
+    pictures: Any, kind: str | None = None, workers: int | None = None, device: str = "auto", layout: str = "auto"
+) -> Moments:
     """Exact mean and standard deviation of pictures, over all their pixels.
 
     Parameters
     ----------
-    pictures : array or path
-        - (N, H, W) grey or (N, H, W, 3) RGB, uint8: NumPy's, CuPy's, or anything with ``__cuda_array_interface__`` or
-          DLPack. On a card it is counted there, on CuPy's current stream, which is waited for.
+    pictures : array, list or tuple of arrays, or path
+        - (N, H, W) grey, (N, H, W, 3) or (N, 3, H, W) RGB, uint8: NumPy's, CuPy's, or anything with
+          ``__cuda_array_interface__`` or DLPack. On a card it is counted there, on CuPy's current stream, which is
+          waited for. Of a list, each is one picture of any size: (H, W), (H, W, 3) or (3, H, W); where one has
+          colours, grey ones count as RGB.
         - A folder: every picture in it and below it, of any sizes. Where one has colours, grey ones count as RGB;
           transparency is not looked at.
         - With ``kind``, a data set: a folder tree, a zip file or tar shards, not only ours.
@@ -41,6 +47,8 @@ def mean_std(pictures: Any, kind: str | None = None, workers: int | None = None,
     device : {"auto", "cpu", "cuda", "cuda:N"}
         Where a data set's pictures are decoded and counted, see `gpufgbg.statistics.statistics`; arrays are counted
         where they are, the pictures of a folder on the CPU.
+    layout : {"auto", "HWC", "CHW", "HW"}
+        The axes of a picture in arrays, as `gpufgbg.JpegEncoder.encode` takes it.
 
     Returns
     -------
@@ -71,25 +79,35 @@ def mean_std(pictures: Any, kind: str | None = None, workers: int | None = None,
     if kind is None and check_device(device).startswith("cuda"):
         raise OptionError("device", f"got {device!r} without kind, expected it for a data set's pictures of a kind")
     if isinstance(pictures, (str, os.PathLike)):
+        if layout != "auto":
+            raise OptionError("layout", f"got {layout!r} with a path, expected it with arrays")
         return _of_folder(Path(pictures), threads) if kind is None else _of_dataset(pictures, kind, threads, device)
     if kind is not None:
         raise OptionError("kind", f"got {kind!r} with an array, expected it with a data set's path")
-    return _of_array(pictures)
+    return _of_arrays(read_arrays("pictures", pictures, layout))
 
 
-def _of_array(pictures: Any) -> Moments:
-    array = cuda.as_array(pictures)
-    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[3:] not in ((), (3,)):
-        raise InputError(f"pictures: got {array.dtype} {array.shape}, expected uint8 (N, H, W) or (N, H, W, 3)")
-    if not array.size:
-        return Moments()
-    if not cuda.is_on_card(array):
-        return moments(array)
-    reason = cuda.why_not(array.device.id)
+def _of_arrays(given: Sequence[Pictures]) -> Moments:
+    under_way = {3: [_counting(one.pixels) for one in given if one.pixels.ndim == 3 and one.pixels.size]}
+    under_way[4] = [_counting(one.pixels) for one in given if one.pixels.ndim == 4 and one.pixels.size]
+    grey, colour = (Moments.total(get() for get in under_way[axes]) for axes in (3, 4))
+    if not colour.images:
+        return grey
+    return colour + as_colour(grey)
+
+
+def _counting(pixels: Any) -> Callable[[], Moments]:
+    """Count pictures where they are; what it returns gives their moments."""
+    if not cuda.is_on_card(pixels):
+        found = moments(pixels)
+        return lambda: found
+    reason = cuda.why_not(pixels.device.id)
     if reason is not None:
         raise DeviceError(f"pictures: got an array in the memory of a card: {reason}")
-    with array.device:
-        return cuda.moments(array)
+    import cupy
+
+    with pixels.device:
+        return cuda.start_moments(cupy.ascontiguousarray(pixels)).get
 
 
 def _of_dataset(path: str | os.PathLike[str], kind: str, threads: int, device: str) -> Moments:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from gpufgbg.compiling import compiled
 from gpufgbg.depth.processing import Triple, _batch, _channel_values, _on_card, _result
 from gpufgbg.exceptions import OptionError
 
@@ -22,7 +22,7 @@ LAYOUTS = ("NCHW", "NHWC")
 _THREADS, _PIXELS = 256, 2048  # as in kernels/normalise.cu
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 def _planes(images, table, out):  # type: ignore[no-untyped-def]
     """images (N, pixels * 3) uint8, table (3, 256) -> out (N, 3, pixels) of the table's type."""
     for n in range(images.shape[0]):
@@ -33,7 +33,7 @@ def _planes(images, table, out):  # type: ignore[no-untyped-def]
                 to[i] = levels[image[3 * i + c]]
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 def _pixels(images, table, out):  # type: ignore[no-untyped-def]
     """images (N, pixels * 3) uint8, table (3, 256) -> out (N, pixels * 3) of the table's type."""
     for n in range(images.shape[0]):
@@ -60,8 +60,8 @@ def normalise(
     Parameters
     ----------
     images : (N, H, W, 3) uint8
-        RGB, in host memory or, as CuPy's or with ``__cuda_array_interface__``, a card's. Copied first if not
-        C-contiguous.
+        RGB, in host memory or, as CuPy's or with ``__cuda_array_interface__`` or DLPack, a card's. Copied first if
+        not C-contiguous.
     mean, std : float or (float, float, float)
         Of all channels, or of red, green and blue, over values scaled to 0..1, as `Moments.mean` and `Moments.std`
         give them. The std is above 0.

@@ -184,8 +184,7 @@ def generate(
         raise OptionError("labels", f"can't be left out with sink {sink!r}, expected tar, whose shards have them")
     if sink not in sinks.SINKS:
         raise OptionError("sink", f"got {sink!r}, expected one of {', '.join(sinks.SINKS)}")
-    if batch_size is not None:
-        batch_size = whole("batch_size", batch_size, 1, 65_536)
+    batch_size = _checked_batch_size(batch_size)
     options = None if depth is None else DepthOptions.of(depth)
     sources = find_sources(backgrounds, foregrounds, masks)
     if not os.fspath(out):
@@ -266,6 +265,7 @@ def add_depth(
     devices = several_devices(device)
     if not devices:
         check_device(device)
+    batch_size = _checked_batch_size(batch_size)
     options = DepthOptions.of(depth)
     if is_url(path):
         raise OptionError("DATASET", f"got {printable(path)}: depth maps go into a store with generate --depth alone")
@@ -571,6 +571,10 @@ def select_maker(
     from gpufgbg.cuda_pipeline import CudaPipeline
 
     return CudaPipeline(backend, compositor.plan, sink, manifest, workers, batch_size, depth)
+
+
+def _checked_batch_size(batch_size: int | None) -> int | None:
+    return None if batch_size is None else whole("batch_size", batch_size, 1, 65_536)
 
 
 def _part(samples: tuple[int | None, int | None] | None, total: int) -> Shard:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpufgbg.backends.cpu import _compiled
+from gpufgbg.compiling import compiled
 from gpufgbg.pictures import MAX_PIXELS
 
 __all__ = ["Shape", "plain_jpegs"]
@@ -17,7 +17,7 @@ Shape = tuple[int, int, int]
 _ADOBE = np.frombuffer(b"Adobe", np.uint8)
 
 
-@_compiled
+@compiled
 def _inspect(file, adobe, shape):  # type: ignore[no-untyped-def]
     """file (bytes) uint8, adobe (5) uint8; shape (3) int64: width, height and channels, written for a plain file.
 
@@ -77,7 +77,7 @@ def _inspect(file, adobe, shape):  # type: ignore[no-untyped-def]
     shape[0], shape[1], shape[2] = width, height, channels
 
 
-@_compiled
+@compiled
 def _inspect_all(data, ends, adobe, shapes):  # type: ignore[no-untyped-def]
     """data (bytes) uint8: N files in a row; ends (N) int64; shapes (N, 3) int64: those of plain files are written."""
     start = 0

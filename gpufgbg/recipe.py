@@ -316,7 +316,7 @@ class Plan:
         Parameters
         ----------
         indices : (N,) integers
-            Sample numbers, each from 0 to ``len(plan) - 1``.
+            Sample numbers, each from 0 to ``len(plan) - 1``; or one number.
 
         Returns
         -------
@@ -325,19 +325,20 @@ class Plan:
         Raises
         ------
         OptionError
-            An index is outside the data set.
+            Not integers, of another shape, or an index is outside the data set.
 
         Notes
         -----
         x is uniform in [0, W - w] and y in [0, H - h], both ends included: words 0 and 1 of Philox 4x32-10 at
         counter = index, key = seed, each scaled by the high half of word * span (Lemire 2019).
         """
-        index = np.ascontiguousarray(indices, np.int64).reshape(-1)
-        if len(index) and not 0 <= index.min() <= index.max() < len(self):
-            raise OptionError(
-                "indices",
-                f"got {index.min()} to {index.max()}, expected 0 to {len(self) - 1}",
-            )
+        given = np.asarray(indices)
+        if given.size and (given.dtype.kind not in "iu" or given.ndim > 1):
+            expected = f"integers (N,) from 0 to {len(self) - 1}, for example a range, a list or an array"
+            raise OptionError("indices", f"got {given.dtype} {given.shape}, expected {expected}")
+        if given.size and not 0 <= int(given.min()) <= int(given.max()) < len(self):
+            raise OptionError("indices", f"got {given.min()} to {given.max()}, expected 0 to {len(self) - 1}")
+        index = np.ascontiguousarray(given, np.int64).reshape(-1)
         recipe, count = self.recipe, len(index)
         out = Placements(
             index,

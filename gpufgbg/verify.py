@@ -79,6 +79,7 @@ def verify(
     """
     if not is_whole(rerender) or rerender < 0:
         raise OptionError("rerender", f"got {rerender!r}, expected 0 or more")
+    rerender = int(rerender)
     backends.check_device(device)
     if is_foreign(path):
         if rerender:
@@ -291,8 +292,8 @@ def _rendered(compositor: Compositor, layout: Layout, indices: list[int]) -> dic
     for start in range(0, len(indices), _BATCH):
         batch = compositor.render(indices[start : start + _BATCH])
         encoded = {
-            "composite": list(encoder.encode(batch.image)),
-            "composite_mask": list(encoder.encode(batch.mask)),
+            "composite": list(encoder.encode(batch.image, "HWC")),
+            "composite_mask": list(encoder.encode(batch.mask, "HW")),
         }
         files.update(EncodedSamples(batch.labels, layout.stems(batch.labels), encoded).items())
     return files

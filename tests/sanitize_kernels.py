@@ -61,10 +61,12 @@ def main() -> int:
         for subsampling in ("444", "422", "420", "grey"):
             for quality, optimize in ((65, True), (95, False)):
                 given = np.ascontiguousarray(batch[..., 0]) if subsampling == "grey" else batch
+                form = "HW" if subsampling == "grey" else "HWC"
                 mode = "420" if subsampling == "grey" else subsampling
                 cpu, gpu = (JpegEncoder(quality, mode, optimize, device) for device in ("cpu", "cuda"))
-                assert list(gpu.encode(given)) == list(cpu.encode(given)), (width, height, subsampling, quality)
-                assert (gpu.reconstruct(given).get() == cpu.reconstruct(given)).all(), (width, height, subsampling)
+                case = width, height, subsampling, quality
+                assert list(gpu.encode(given, form)) == list(cpu.encode(given, form)), case
+                assert (gpu.reconstruct(given, form).get() == cpu.reconstruct(given, form)).all(), case
         for dtype, layout in itertools.product(DTYPES, LAYOUTS):
             expected, found = (
                 normalise(a, 0.4, 0.3, dtype=dtype, layout=layout) for a in (batch, cupy.asarray(batch))

@@ -181,7 +181,7 @@ def test_a_device_that_is_not_there(refused, arguments, device):
     if backends.why_cpu("auto") is None:
         device = "cuda:99"
     error = refused(*arguments, f"--device={device}")
-    assert f"device cuda:{device.partition(':')[2] or 0}: " in error and "use --device cpu" in error
+    assert f"device cuda:{device.partition(':')[2] or 0}: " in error and "use device cpu" in error
 
 
 def test_auto_says_why_it_runs_on_the_cpu(run, arguments):

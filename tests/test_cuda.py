@@ -28,6 +28,7 @@ from gpufgbg import (
     mean_std,
 )
 from gpufgbg.backends import cuda
+from gpufgbg.normalise import normalise
 
 pytestmark = pytest.mark.skipif(cuda.count_devices() == 0, reason=f"no CUDA device: {cuda.why_not()}")
 SMALL = Recipe(size=(64, 48), foreground_height=20, per_pair=2)
@@ -153,6 +154,62 @@ def test_two_streams_at_once():
             np.testing.assert_array_equal(seen.get(), pixels[part::2])
 
 
+def spin() -> None:
+    """Keep CuPy's current stream busy for some tenths of a second."""
+    import cupy
+
+    code = """extern "C" __global__ void spin(long long cycles) {
+        const long long start = clock64();
+        while (clock64() - start < cycles) {}
+    }"""
+    cupy.RawKernel(code, "spin")((1,), (1,), (np.int64(500_000_000),))
+
+
+def test_moments_are_read_after_the_stream_that_made_the_batch():
+    import cupy
+
+    cpu, gpu = (Compositor(made(64, 48), SMALL, device) for device in ("cpu", "cuda"))
+    expected = cpu.render(range(40))
+    given = {n: getattr(expected.labels, n) for n in ("background", "foreground", "flip", "x", "y")}
+    busy, other = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    on_card = {name: cupy.asarray(values) for name, values in given.items()}
+    for render in (lambda: gpu.render(range(40)), lambda: gpu.render_placed(**on_card)):
+        render()  # what is made once
+        with busy:
+            spin()
+            batch = render()
+        with other:
+            assert batch.moments == expected.moments
+
+
+@pytest.mark.parametrize("use", ["mean_std", "encode", "normalise", "render_placed"])
+def test_tensors_are_read_after_pytorchs_stream_that_makes_them(use):
+    torch = pytest.importorskip("torch")
+    batch = pictures(np.random.default_rng(6), 40, 30)
+    on_cpu, encoder = (JpegEncoder(80, "444", True, device) for device in ("cpu", "cuda"))
+    cpu, gpu = (Compositor(made(64, 48), SMALL, device) for device in ("cpu", "cuda"))
+    zeros = dict.fromkeys(("background", "foreground", "flip", "y"), 0)
+    uses = {
+        "mean_std": (batch, mean_std, mean_std),
+        "encode": (batch, lambda given: list(on_cpu.encode(given)), lambda given: list(encoder.encode(given))),
+        "normalise": (batch, normalise, lambda given: normalise(given).get()),
+        "render_placed": (
+            np.arange(1, 30),
+            lambda given: cpu.render_placed(**zeros, x=given).image,
+            lambda given: gpu.render_placed(**zeros, x=given).image.get(),
+        ),
+    }
+    values, here, there = uses[use]
+    source = torch.from_numpy(values).cuda()
+    tensor = torch.zeros_like(source)
+    there(tensor)  # what is made once
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(500_000_000)
+        tensor.copy_(source)
+        np.testing.assert_equal(there(tensor), here(values))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 17), (3, 224, 224), (1000, 16, 16)])
 def test_moments(shape, channels):
@@ -176,8 +233,8 @@ def pictures(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def check(batch: np.ndarray, quality: int, subsampling: str, optimize: bool) -> None:
-    encoder = JpegEncoder(quality, subsampling, optimize, "cuda")
-    found, pixels = list(encoder.encode(batch)), encoder.reconstruct(batch).get()
+    encoder, layout = JpegEncoder(quality, subsampling, optimize, "cuda"), "HW" if batch.ndim == 3 else "HWC"
+    found, pixels = list(encoder.encode(batch, layout)), encoder.reconstruct(batch, layout).get()
     for n, file in enumerate(found):
         expected = oracle.jpeg(Image.fromarray(batch[n]), quality, subsampling, optimize)
         case = (n, batch.shape, quality, subsampling, optimize)
@@ -309,7 +366,7 @@ def test_out_of_memory_takes_smaller_batches_or_says_what_it_needs(folders, tmp_
         assert oracle.tree_of(tmp_path / "cuda") == oracle.tree_of(tmp_path / "cpu")
         pool.free_all_blocks()
         pool.set_limit(size=6 << 20)
-        with pytest.raises(DeviceError, match=r"out of memory: one sample takes \d+ MB.*or use --device cpu"):
+        with pytest.raises(DeviceError, match=r"out of memory: one sample takes \d+ MB.*or use device cpu"):
             generate(tmp_path / "none", **folders, recipe=recipe, device="cuda", workers=2)
     finally:
         pool.set_limit(size=0)

@@ -189,7 +189,7 @@ def test_devices_that_are_no_names(sets, run, command, device):
 def test_devices_that_are_not_there(sets, run, command):
     code, printed, error = run(*command, sets / "tree", "--device", "cuda:99")
     assert (code, printed) == (2, "") and error.count("\n") == 1
-    assert "device cuda:99: " in error and "use --device cpu" in error
+    assert "device cuda:99: " in error and "use device cpu" in error
 
 
 @pytest.mark.parametrize("dataset", SINKS, indirect=True)

@@ -38,11 +38,43 @@ def test_no_pixels(shape):
 
 
 @pytest.mark.parametrize(
-    "wrong", [np.zeros((2, 3, 4, 4), np.uint8), np.zeros((2, 3, 4, 3)), np.zeros((3, 4), np.uint8), 7, None, [["a"]]]
+    "wrong", [np.zeros((2, 5, 4, 4), np.uint8), np.zeros((2, 3, 4, 3)), np.zeros((3, 4), np.uint8), 7, None]
 )
 def test_other_arrays_are_refused(wrong):
-    with pytest.raises(InputError, match=r"pictures: got .*expected uint8 \(N, H, W\) or \(N, H, W, 3\)"):
+    with pytest.raises(InputError, match=r"pictures: got .*expected uint8 \(N, H, W, 3\) or \(N, H, W\) or"):
         mean_std(wrong)
+    with pytest.raises(
+        InputError, match=r"pictures: got .* as picture 1, expected uint8 \(H, W, 3\) or \(3, H, W\) or"
+    ):
+        mean_std([np.zeros((5, 6), np.uint8), ["a"]])
+
+
+def test_pictures_of_several_sizes_and_layouts():
+    rng = np.random.default_rng(2)
+    colour = [rng.integers(0, 256, (height, 9, 3), dtype=np.uint8) for height in (5, 6, 5)]
+    grey = [rng.integers(0, 256, (4, width), dtype=np.uint8) for width in (7, 5)]
+    expected = Moments.total(Moments.of(picture[None]) for picture in colour)
+    for given in (colour, tuple(colour), [picture.transpose(2, 0, 1) for picture in colour]):
+        assert mean_std(given) == expected
+    assert mean_std(grey) == mean_std([picture[None] for picture in grey])
+    as_rgb = [np.stack([picture] * 3, axis=-1) for picture in grey]
+    assert mean_std([grey[0], *colour, grey[1]]) == mean_std(colour + as_rgb)
+    batch = np.stack([colour[0], colour[2]])
+    assert mean_std(batch.transpose(0, 3, 1, 2)) == mean_std(batch) == mean_std([colour[0], colour[2]])
+    assert mean_std(colour[0], layout="HWC") == Moments.of(colour[0][None])
+    assert mean_std(colour[0], layout="HW") == Moments.of(colour[0])
+    assert mean_std([]) == mean_std([np.empty((0, 5), np.uint8)]) == Moments()
+
+
+def test_a_layout_has_to_be_said_where_the_shape_has_two():
+    with pytest.raises(
+        InputError, match=r"got uint8 \(16, 24, 3\), which fits both \(N, H, W\) and \(H, W, C\): say which"
+    ):
+        mean_std(np.zeros((16, 24, 3), np.uint8))
+    with pytest.raises(OptionError, match="layout: got 'NHWC', expected auto, HWC, CHW, HW"):
+        mean_std(np.zeros((16, 24, 3), np.uint8), layout="NHWC")
+    with pytest.raises(OptionError, match="layout: got 'HWC' with a path, expected it with arrays"):
+        mean_std("photos", layout="HWC")
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import pytest
 from conftest import cutout, smooth
 from PIL import Image
 
-from gpufgbg import Assets, Batch, Compositor, DeviceError, Moments, OptionError, Placements, Recipe
+from gpufgbg import Assets, Batch, Compositor, DeviceError, InputError, Moments, OptionError, Placements, Recipe
 from gpufgbg.backends import cuda
+from gpufgbg.depth.processing import _batch
 
 SIZES = [(1, 1), (61, 47), (30, 20), (7, 47), (61, 3), (33, 21)]
 FIELDS = ("background", "foreground", "flip", "x", "y")
@@ -145,6 +146,12 @@ def test_a_placement_out_of_range_is_refused(compositor, wrong, message):
     assert str(refused.value).startswith(message)
 
 
+def test_rows_of_several_lengths_are_refused_in_one_line(compositor):
+    for call in (compositor.render, lambda rows: compositor.render_placed(**GOOD | {"x": rows})):
+        with pytest.raises(OptionError, match=r"^(indices|x): got list that makes no array of integers: [^\n]+$"):
+            call([[1], [2, 3]])
+
+
 class Card(np.ndarray):
     """A NumPy array that says that it lies in a card's memory, as CuPy's do."""
 
@@ -181,9 +188,10 @@ def cupy(monkeypatch) -> MagicMock:
         return lambda *arguments, **options: getattr(np, name)(*arguments, **options).view(Card)
 
     module = MagicMock(name="cupy")
-    for name in ("arange", "asarray", "ascontiguousarray", "broadcast_to", "empty", "where", "zeros"):
+    for name in ("arange", "asarray", "ascontiguousarray", "broadcast_to", "concatenate", "empty", "where", "zeros"):
         setattr(module, name, made(name))
     module.from_dlpack = lambda array: on_card(array.values)
+    module.ndarray = Card
     module.cuda.Device.return_value.id = 0
     module.cuda.Device.return_value.attributes = {"MultiProcessorCount": 7}
     module.cuda.memory.OutOfMemoryError = MemoryError
@@ -199,6 +207,39 @@ def test_arrays_on_a_card_are_copied_for_the_cpu(compositor, assets, cupy):
     )
     check(assets, batch, given)
     assert not isinstance(batch.labels.x, Card)
+
+
+class LikeTorch(ByDlpack):
+    """A tensor on a card. Its ``__cuda_array_interface__`` names no stream: whoever reads by it waits for none."""
+
+    __cuda_array_interface__ = {"version": 2}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("use", [cuda.as_array, lambda tensor: _batch("images", tensor, ("uint8",), "", (3,))])
+def test_tensors_on_a_card_are_taken_by_dlpack_so_that_their_streams_are_waited_for(cupy, use):
+    values = np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3)
+    found = use(LikeTorch(values, 2))
+    assert isinstance(found, Card)
+    np.testing.assert_array_equal(found, values)
+    assert np.shares_memory(use(found), found)  # CuPy's own
+    refused = BufferError("Can't export tensors that require gradient, use tensor.detach()")
+    cupy.from_dlpack = MagicMock(side_effect=refused)
+    with pytest.raises(InputError, match=r"^array: got LikeTorch that DLPack can't hand over: .*tensor\.detach\(\)$"):
+        use(LikeTorch(values, 2))
+
+
+def test_arrays_without_dlpack_are_taken_by_the_cuda_array_interface(cupy):
+    interface = type("Numbas", (), {"__cuda_array_interface__": {}})()
+    cupy.asarray = MagicMock(return_value=on_card([1]))
+    assert cuda.as_array(interface) is cupy.asarray.return_value
+    cupy.asarray.assert_called_once_with(interface)
+
+
+def test_indices_on_a_card_are_copied_to_the_host(compositor, cupy):
+    for given in (on_card([3, 5]), ByDlpack([3, 5], 2)):
+        np.testing.assert_array_equal(compositor.render(given).image, compositor.render([3, 5]).image)
+    with pytest.raises(OptionError, match=r"indices: got float64 \(1,\), expected integers \(N,\)"):
+        compositor.render(on_card([0.5]))
 
 
 def test_an_array_on_a_card_without_cupy(compositor, monkeypatch):
@@ -248,6 +289,62 @@ def test_the_cuda_backend_refuses_what_is_out_of_range(cuda_compositor):
         cuda_compositor.render_placed(**on | {"x": on_card([0, 32, 99])})
     with pytest.raises(OptionError, match=r"x: got object \(\), expected integers"):
         cuda_compositor.render_placed(**on | {"x": None})
+
+
+class Streams:
+    """What a card is given, in order: each launch, mark, wait and copy with the stream that is current then."""
+
+    def __init__(self, cupy: MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[object, ...]] = []
+        self.current = "first"
+        get, kernel = Card.get, cuda.kernel
+
+        def event(**options) -> MagicMock:
+            assert options == {"disable_timing": True}
+            made = MagicMock()
+            made.record = lambda: self.log.append(("mark", self.current, made))
+            return made
+
+        def launcher(stem: str, name: str):
+            launch = kernel(stem, name)
+            return lambda *arguments: self.log.append(("launch", self.current)) or launch(*arguments)
+
+        monkeypatch.setattr(cuda, "kernel", launcher)
+        monkeypatch.setattr(Card, "get", lambda array: self.log.append(("copy", self.current)) or get(array))
+        cupy.cuda.Event = event
+        cupy.cuda.get_current_stream.return_value.wait_event = lambda event: self.log.append(
+            ("wait", self.current, event)
+        )
+
+    def check(self, copies: int) -> None:
+        """Copies by another stream than the one that made the arrays, each after waiting for what made them."""
+        made = [entry for entry in self.log if entry[1] == "first"]
+        (event,) = {entry[2] for entry in made if entry[0] == "mark"}
+        assert made[-2:] == [("launch", "first"), ("mark", "first", event)]
+        after = self.log[self.log.index(made[-1]) + 1 :]
+        assert after == [("wait", "another", event), ("copy", "another")] * copies
+
+
+@pytest.fixture
+def streams(cuda_compositor, cupy, monkeypatch) -> Streams:
+    return Streams(cupy, monkeypatch)
+
+
+@pytest.mark.parametrize("where", ["plan", "host", "card"])
+def test_moments_are_read_after_the_stream_that_made_the_batch(cuda_compositor, streams, assets, where):
+    given = {n: on_card(v) if where == "card" else v for n, v in anywhere(assets, 5).items()}
+    batch = cuda_compositor.render([3, 1, 2]) if where == "plan" else cuda_compositor.render_placed(**given)
+    streams.current = "another"
+    assert batch.moments["composite"] == Moments.of(batch.image)
+    streams.check(3 if where == "card" else 1)  # backgrounds and foregrounds; what changed
+
+
+def test_sums_are_read_after_the_stream_that_counts_them(streams):
+    pictures = on_card(np.arange(64, dtype=np.uint8).reshape(1, 8, 8))
+    pending = cuda.start_moments(pictures)
+    streams.current = "another"
+    assert pending.get() == Moments.of(pictures)
+    streams.check(1)
 
 
 def test_the_plans_own_placements_on_emulated_kernels(cuda_compositor):

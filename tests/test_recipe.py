@@ -101,6 +101,38 @@ def test_indices_outside_the_data_set_are_refused(indices):
         Plan(Recipe(), 1, [10], [105]).placements(indices)
 
 
+@pytest.mark.parametrize(
+    ("indices", "found"),
+    [
+        ([0.7, 1.9], "float64 (2,)"),
+        (np.array([True, False]), "bool (2,)"),
+        (["3"], "<U1 (1,)"),
+        ([[0, 1], [2, 3]], "int64 (2, 2)"),
+        (None, "object ()"),
+        ([2**70], "object (1,)"),
+        ({1, 2}, "object ()"),
+        ((i for i in range(3)), "object ()"),
+        (slice(0, 3), "object ()"),
+    ],
+)
+def test_what_is_no_list_of_integers_is_refused(indices, found):
+    expected = f"indices: got {found}, expected integers (N,) from 0 to 39, for example a range, a list or an array"
+    with pytest.raises(OptionError) as refused:
+        Plan(Recipe(), 1, [10], [105]).placements(indices)
+    assert str(refused.value) == expected
+
+
+def test_any_integers_are_taken_and_none_too():
+    plan = Plan(Recipe(), 1, [10], [105])
+    for indices in (range(3), [0, 1, 2], np.arange(3, dtype=np.uint8), np.arange(3, dtype=np.uint64), (0, 1, 2)):
+        assert plan.placements(indices).index.tolist() == [0, 1, 2]
+    assert plan.placements(3).index.tolist() == [3]
+    for nothing in ([], (), np.empty(0), np.empty((0, 4)), range(0)):
+        assert len(plan.placements(nothing)) == 0
+    with pytest.raises(OptionError, match=f"got {2**64 - 1} to {2**64 - 1}, expected 0 to 39"):
+        plan.placements(np.array([2**64 - 1], np.uint64))
+
+
 def test_a_foreground_larger_than_the_frame_is_refused():
     with pytest.raises(InputError, match="foreground 1 is 225x105"):
         Plan(Recipe(), 1, [224, 225], [105, 105])

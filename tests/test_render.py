@@ -8,8 +8,21 @@ import pytest
 from conftest import cutout, smooth
 from PIL import Image
 
-from gpufgbg import Assets, Compositor, InputError, Moments, OptionError, Recipe
+from gpufgbg import (
+    Assets,
+    Compositor,
+    DeviceError,
+    InputError,
+    JpegEncoder,
+    Moments,
+    OptionError,
+    Recipe,
+    add_depth,
+    generate,
+)
 from gpufgbg.backends import cpu
+from gpufgbg.report import preview
+from gpufgbg.verify import verify
 
 RECIPE = Recipe(size=(61, 47), foreground_height=20, per_pair=3)
 
@@ -116,3 +129,24 @@ def test_indices_outside_are_refused(compositor):
 def test_backgrounds_of_another_size_are_refused(assets):
     with pytest.raises(InputError, match=r"backgrounds are 61x47.*frame is 224x224"):
         Compositor(assets, Recipe())
+
+
+def test_numpys_integers_are_numbers_of_workers(assets, folders, tmp_path):
+    recipe = Recipe(size=(61, 47), foreground_height=20)
+    assert type(Compositor(assets, recipe, "cpu", np.int64(2)).workers) is int
+    for wrong in (0, 1025, 2.0, True, "2", np.float64(2)):
+        with pytest.raises(OptionError, match=r"workers: got .*, expected .*1 to 1024"):
+            Compositor(assets, recipe, "cpu", wrong)
+    counts = {"workers": np.int32(2), "batch_size": np.uint8(5)}
+    small = Recipe(size=(64, 48), foreground_height=20, per_pair=1)
+    assert generate(tmp_path / "out", **folders, recipe=small, device="cpu", **counts).complete
+    assert verify(tmp_path / "out", rerender=np.int64(3), workers=np.int8(1)).rerendered == 3
+    assert preview(tmp_path / "out", columns=np.int16(2)).is_file()
+    with pytest.raises(OptionError, match="batch_size: got 0, expected 1 to 65536"):
+        add_depth(tmp_path / "out", "demo", batch_size=0, device="cpu")
+
+
+def test_a_device_that_is_not_there_is_told_in_words_for_python_and_the_command_line_alike(assets):
+    for call in (lambda: Compositor(assets, RECIPE, "cuda:99"), lambda: JpegEncoder(device="cuda:99")):
+        with pytest.raises(DeviceError, match=r"^device cuda:99: .*; or use device cpu$"):
+            call()

@@ -378,7 +378,7 @@ sys.exit(cli.main(["stats", sys.argv[1], "--device", sys.argv[2]]))
         for device in ("cuda:3", "auto")
     }
     assert done["cuda:3"].returncode == 2
-    assert done["cuda:3"].stderr == f"gpufgbg: error: device cuda:3: {reason}; or use --device cpu\n"
+    assert done["cuda:3"].stderr == f"gpufgbg: error: device cuda:3: {reason}; or use device cpu\n"
     assert done["auto"].returncode == 0, done["auto"].stderr
     assert done["auto"].stdout.splitlines()[-1] == f"decoded on the CPU: {reason}"
 

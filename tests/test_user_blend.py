@@ -11,7 +11,7 @@ import subprocess
 import sys
 from importlib import metadata, resources
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import blends
 import host_build
@@ -200,6 +200,14 @@ def test_a_function_without_a_name_is_not_pickled():
         assert copy.deepcopy([blend]) == [blend]
 
 
+def test_many_blends_that_are_kept_are_compiled_once_each():
+    plain = compositor_of((16, 16))
+    kept = [Blend(pillow) for _ in range(17)]
+    first = [with_blend(plain, blend).backend._render for blend in kept]
+    again = [with_blend(plain, blend).backend._render for blend in kept]
+    assert all(a is b for a, b in zip(first, again, strict=True)) and len(set(map(id, first))) == 17
+
+
 # The kernels, emulated
 
 
@@ -334,6 +342,26 @@ def test_functions_that_a_blend_calls(kernels, monkeypatch):
     assert b"doubled" not in blend.link(90)
 
 
+@numba.njit(inline="always")
+def tripled(value):
+    return 3 * value
+
+
+def test_helpers_that_raise_nothing_are_taken():
+    def itself(fg, bg, alpha, x, y):
+        return tripled(fg) + math.floor(bg / 2) + later
+
+    later = 1
+    assert Blend(itself).cpu(5, 7, 0, 0, 0) == 19
+
+
+def test_powers_of_integers_are_integers_as_the_page_says():
+    blend = Blend(lambda fg, bg, alpha, x, y: (fg + 1) ** -1 * 255)
+    assert [blend.cpu(fg, 0, 0, 0, 0) for fg in (0, 1, 9, 255)] == [255, 0, 0, 0]
+    blend = Blend(lambda fg, bg, alpha, x, y: 255 / (fg + 1))
+    assert [blend.cpu(fg, 0, 0, 0, 0) for fg in (0, 1, 9, 255)] == [255, 127, 25, 0]
+
+
 def test_what_only_the_cpu_can_compile_is_refused_in_one_line(kernels):
     blend = Blend(lambda fg, bg, alpha, x, y: len({fg, bg}))
     assert blend.cpu(1, 2, 0, 0, 0) == 2
@@ -394,6 +422,67 @@ def generates(fg, bg, alpha, x, y):
     yield fg
 
 
+async def waits(fg, bg, alpha, x, y):
+    return fg
+
+
+def tries(fg, bg, alpha, x, y):
+    try:
+        return fg // bg
+    except ZeroDivisionError:
+        return 7
+
+
+def tidies_up(fg, bg, alpha, x, y):
+    try:
+        return fg // 3
+    finally:
+        fg = 0
+
+
+def raises_inside(fg, bg, alpha, x, y):
+    def small(value):
+        if value > 128:
+            raise ValueError
+        return value
+
+    return small(fg)
+
+
+@numba.njit(inline="always")
+def checked(value):
+    if value > 128:
+        raise ValueError("too much")
+    return value
+
+
+@numba.njit
+def half(value):
+    return checked(value) // 2
+
+
+def raises_in_a_helper(fg, bg, alpha, x, y):
+    return checked(fg)
+
+
+def raises_far_away(fg, bg, alpha, x, y):
+    return half(half(fg))
+
+
+def raises_in_a_module(fg, bg, alpha, x, y):
+    return helpers.module.checked(fg)
+
+
+helpers = ModuleType("helpers")
+helpers.module = ModuleType("module")
+helpers.module.checked = checked
+
+
+def calls_an_enclosing_one():
+    mine = checked
+    return lambda fg, bg, alpha, x, y: mine(fg)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -411,6 +500,26 @@ def generates(fg, bg, alpha, x, y):
         (added_to_text, "added_to_text can't be compiled, line "),
         (opens_a_file, "opens_a_file can't be compiled"),
         (refuses, "refuses raises exceptions, which a card can't: return a value"),
+        (waits, "got async waits, expected a Python function of (fg, bg, alpha, x, y)"),
+        (tries, "tries has a try, which a card can't: test for what would raise"),
+        (tidies_up, "tidies_up has a try, which a card can't: test for what would raise"),
+        (raises_inside, "raises_inside raises exceptions, which a card can't: return a value"),
+        (
+            raises_in_a_helper,
+            "raises_in_a_helper calls checked, which raises exceptions, which a card can't: return a",
+        ),
+        (
+            raises_far_away,
+            "raises_far_away calls checked, which raises exceptions, which a card can't: return a value",
+        ),
+        (
+            raises_in_a_module,
+            "raises_in_a_module calls checked, which raises exceptions, which a card can't: return a",
+        ),
+        (
+            calls_an_enclosing_one(),
+            "<lambda> calls checked, which raises exceptions, which a card can't: return a value",
+        ),
     ],
 )
 def test_what_is_no_blend_is_refused_in_one_line(function, message):

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import imagecodecs
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.assets import Assets
 from gpufgbg.backends import blended_mask_sums
+from gpufgbg.compiling import compiled
 from gpufgbg.moments import Moments
 from gpufgbg.recipe import Placements, Recipe
 
@@ -30,24 +30,20 @@ _PIXEL_BYTES = 10  # of a foreground's pixel in the tables
 _u16, _i32, _u32 = np.uint16, np.int32, np.uint32
 
 
-def _compiled(function: Any) -> Any:
-    return numba.njit(nogil=True, cache=True, boundscheck=False)(function)
-
-
-@_compiled
+@compiled
 def _copy(to, source):  # type: ignore[no-untyped-def]
     # A loop over two slices becomes a vectorised copy; an assignment of slices does not.
     for i in range(to.size):
         to[i] = source[i]
 
 
-@_compiled
+@compiled
 def _clear(to):  # type: ignore[no-untyped-def]
     for i in range(to.size):
         to[i] = 0
 
 
-@_compiled
+@compiled
 def _make_table(pixels, mask, width, flip, keep, add, matte, spans):  # type: ignore[no-untyped-def]
     """A foreground as the blend wants it, a byte lane each: 255 - alpha, foreground * alpha + 128, blended mask.
 
@@ -70,7 +66,7 @@ def _make_table(pixels, mask, width, flip, keep, add, matte, spans):  # type: ig
         spans[start // width, 0], spans[start // width, 1] = min(first, last), last
 
 
-@_compiled
+@compiled
 def _lay_background(picture, frame, behind, width, held, background):  # type: ignore[no-untyped-def]
     """Make a composite its background and a mask empty; of ``held``, see `_render`, only what changed is written."""
     if held[0] == background:
@@ -86,7 +82,7 @@ def _lay_background(picture, frame, behind, width, held, background):  # type: i
         _clear(frame)
 
 
-@_compiled
+@compiled
 def _add_lanes(sums, plus, square):  # type: ignore[no-untyped-def]
     """Add a row of sums, a byte of RGB each, and of sums of squares, to ``sums`` (2, 3)."""
     for c in range(3):
@@ -98,7 +94,7 @@ def _add_lanes(sums, plus, square):  # type: ignore[no-untyped-def]
         sums[1, c] += squares
 
 
-@_compiled
+@compiled
 def _render(  # type: ignore[no-untyped-def]
     backgrounds, background_of, keep, add, matte, spans, start_of, span_of, width_of, height_of, x_of, y_of,
     frame_width, held, composites, masks, sums,
@@ -150,7 +146,7 @@ _LANES = 128
 _RUNS = (2**32 - 1) // 255**2  # squares of bytes that a lane of 32 bits holds
 
 
-@_compiled
+@compiled
 def _count(values, sums):  # type: ignore[no-untyped-def]
     """values (pixels * C) uint8; sums (2, C) int64: their sum and sum of squares a channel are added."""
     channels = sums.shape[1]
@@ -265,7 +261,7 @@ class CpuBackend:
         if blend is not None:
             from gpufgbg.backends import cpu_blend
 
-            self._make_table, self._render = cpu_blend.make_table, cpu_blend.make_render(blend.cpu)
+            self._make_table, self._render = cpu_blend.make_table, blend.cpu_render()
         frames = assets.backgrounds
         self._backgrounds = frames.reshape(len(frames), -1)
         parts = [moments(frame[None]) for frame in frames]

@@ -5,18 +5,18 @@ They take what ``_make_table`` and ``_render`` in ``cpu.py`` take, so that all a
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numba
 import numpy as np
 
-from gpufgbg.backends.cpu import _add_lanes, _clear, _compiled, _copy, _i32, _lay_background, _u16
+from gpufgbg.backends.cpu import _add_lanes, _clear, _copy, _i32, _lay_background, _u16
+from gpufgbg.compiling import compiled
 
 __all__ = ["make_render", "make_table"]
 
 
-@_compiled
+@compiled
 def make_table(pixels, mask, width, flip, alphas, colours, matte, spans):  # type: ignore[no-untyped-def]
     """A foreground as the user's blend wants it: of each byte of a composite the alpha and the colour.
 
@@ -35,9 +35,8 @@ def make_table(pixels, mask, width, flip, alphas, colours, matte, spans):  # typ
         spans[start // width, 0], spans[start // width, 1] = 0, width
 
 
-@lru_cache(16)
 def make_render(blend: Any) -> Any:
-    """``_render`` of ``cpu.py`` with the user's blend inlined, and `make_table`'s tables.
+    """``_render`` of ``cpu.py`` with the user's blend inlined, and `make_table`'s tables. Compiled at its first call.
 
     Parameters
     ----------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import OrderedDict
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ _COMPOSITE_THREADS, _MOMENTS_THREADS = 256, 192
 # kernels/jpeg.cu: MCUs of a chunk, and sampling factors, by mode
 _MODES = {"grey": (192, 1, 1), "444": (64, 1, 1), "422": (32, 2, 1), "420": (32, 2, 2)}
 _CLASS_ENTRIES, _HEADER_STRIDE, _SETUP_BYTES, _RECONSTRUCT_THREADS = 272, 640, 4096, 128
-_MAX_SIDE = 65_500  # libjpeg's limit
+_SETUPS = 64  # of the sizes and streams met last
+MAX_SIDE = 65_500  # libjpeg's limit
 _DLPACK_CARD = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _modules: dict[tuple[int, str], Any] = {}
 _lock = threading.Lock()
@@ -132,7 +134,17 @@ def as_stream(pointer: int) -> Any:
 
 
 def as_array(array: Any) -> Any:
-    """An array of any kind as NumPy's or, where it lies in a card's memory, as CuPy's."""
+    """An array of any kind as NumPy's or, where it lies in a card's memory, as CuPy's, without a copy.
+
+    What CuPy's current stream on that card is given next sees the array as its maker's current stream leaves it.
+
+    Raises
+    ------
+    DeviceError
+        It is in a card's memory, and CuPy is missing.
+    InputError
+        Its maker refuses to hand it over.
+    """
     if not is_on_card(array):
         by_dlpack = hasattr(array, "__dlpack__") and not hasattr(array, "__array__")
         return np.from_dlpack(array) if by_dlpack else np.asarray(array)
@@ -140,7 +152,15 @@ def as_array(array: Any) -> Any:
         import cupy
     except ImportError:
         raise DeviceError(f"an array is in a card's memory: {why_not()}") from None
-    return cupy.asarray(array) if hasattr(array, "__cuda_array_interface__") else cupy.from_dlpack(array)
+    if isinstance(array, cupy.ndarray):
+        return array
+    if not hasattr(array, "__dlpack_device__"):
+        return cupy.asarray(array)
+    # By DLPack its maker is told our stream, and makes it wait; PyTorch's __cuda_array_interface__ names no stream.
+    try:
+        return cupy.from_dlpack(array)
+    except BufferError as error:
+        raise InputError(f"array: got {type(array).__name__} that DLPack can't hand over: {error}") from None
 
 
 def moments(pictures: Any) -> Moments:
@@ -150,17 +170,39 @@ def moments(pictures: Any) -> Moments:
     return start_moments(cupy.ascontiguousarray(cupy.asarray(pictures))).get()
 
 
+class Mark:
+    """The point in the work of CuPy's current stream that is after all that it has been given so far."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._event = cupy.cuda.Event(disable_timing=True)
+        self._event.record()
+
+    def get(self, array: Any) -> Any:
+        """An array on the card, as it is at this point, copied to the host by whichever stream is current now.
+
+        It waits for this point, but not for what the marked stream was given after it.
+        """
+        import cupy
+
+        with array.device:
+            cupy.cuda.get_current_stream().wait_event(self._event)
+            return array.get()
+
+
 class PendingSums:
-    """Moments of pictures that the card may still be counting."""
+    """Moments of pictures that the card may still be counting, on the stream that is current when this is made."""
 
     def __init__(self, images: int, pixels: int, sums: Any) -> None:
         self._images = images
         self._pixels = pixels
         self._sums = sums
+        self._made = Mark()
 
     def get(self) -> Moments:
-        """The moments; waits for them."""
-        found = [int(v) for v in self._sums.get()]
+        """The moments; waits for them, whichever stream is current."""
+        found = [int(v) for v in self._made.get(self._sums)]
         channels = len(found) // 2
         return Moments(self._images, self._pixels, tuple(found[:channels]), tuple(found[channels:]))
 
@@ -186,15 +228,15 @@ def _launch_moments(pictures: Any, channels: int, sums: Any) -> None:
 
 def _checked(pictures: Any) -> tuple[int, int, int, int]:
     """(N, height, width, channels) of pictures that the kernels of ``kernels/jpeg.cu`` take, or `InputError`."""
-    n, height, width = pictures.shape[:3]
-    channels = pictures.shape[3] if pictures.ndim == 4 else 1
-    if pictures.dtype != np.uint8 or channels not in (1, 3) or not pictures.flags.c_contiguous:
+    fits = pictures.ndim in (3, 4) and pictures.shape[3:] in ((), (3,)) and pictures.flags.c_contiguous
+    if pictures.dtype != np.uint8 or not fits:
         raise InputError(
             f"pictures: got {pictures.dtype} {pictures.shape}, expected C-contiguous uint8 (N, H, W[, 3])"
         )
-    if not 1 <= height <= _MAX_SIDE or not 1 <= width <= _MAX_SIDE:
-        raise InputError(f"pictures: got {width}x{height}, expected 1 to {_MAX_SIDE:,} pixels a side")
-    return n, height, width, channels
+    n, height, width = pictures.shape[:3]
+    if not 1 <= height <= MAX_SIDE or not 1 <= width <= MAX_SIDE:
+        raise InputError(f"pictures: got {width}x{height}, expected 1 to {MAX_SIDE:,} pixels a side")
+    return n, height, width, 3 if pictures.ndim == 4 else 1
 
 
 class CudaJpeg:
@@ -214,7 +256,8 @@ class CudaJpeg:
         self.quality = quality
         self.subsampling = subsampling
         self.optimize = optimize
-        self._setups: dict[tuple[int, ...], Any] = {}
+        self._setups: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # the latest used last
+        self._lock = threading.Lock()
 
     def geometry(self, height: int, width: int, channels: int) -> tuple[str, int, int, int]:
         """(mode, blocks of 8x8 an MCU, MCUs a picture, MCUs a chunk)."""
@@ -336,26 +379,31 @@ class CudaJpeg:
 
         code = 0 if channels == 1 else ("444", "422", "420").index(self.subsampling)
         key = (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr, height, width, channels)
-        setup = self._setups.get(key)  # one a stream: another stream could read it before it is made
-        if setup is None:
-            setup = cupy.empty(_SETUP_BYTES, np.uint8)
-            arguments = [np.int32(v) for v in (width, height, channels, code, self.quality)]
-            kernel("jpeg", "jpeg_setup")((1,), (32,), (*arguments, setup))
-            self._setups[key] = setup
-        return setup
+        with self._lock:
+            setup = self._setups.get(key)  # one a stream: another stream could read it before it is made
+            if setup is None:
+                setup = cupy.empty(_SETUP_BYTES, np.uint8)
+                arguments = [np.int32(v) for v in (width, height, channels, code, self.quality)]
+                kernel("jpeg", "jpeg_setup")((1,), (32,), (*arguments, setup))
+                self._setups[key] = setup
+                if len(self._setups) > _SETUPS:  # launches that still read it go before any other use of its memory
+                    self._setups.popitem(last=False)
+            self._setups.move_to_end(key)
+            return setup
 
 
 class Pending:
-    """Moments of a batch that the card may still be rendering; `get` waits for them."""
+    """Moments of a batch that the card may still be rendering, on the stream that is current when this is made."""
 
     def __init__(self, backend: CudaBackend, placements: Placements, changes: Any) -> None:
         self._backend = backend
         self._placements = placements
         self._changes = changes
+        self._made = Mark()
 
     def get(self) -> dict[str, Moments]:
-        """The moments, by kind."""
-        return self._backend.add_up(self._placements, self._changes.get())
+        """The moments, by kind; waits for them, whichever stream is current."""
+        return self._backend.add_up(self._placements, self._changes, self._made)
 
 
 class CudaBackend:
@@ -380,7 +428,7 @@ class CudaBackend:
     def __init__(self, assets: Assets, recipe: Recipe, index: int = 0, blend: Blend | None = None) -> None:
         reason = why_not(index)
         if reason is not None:
-            raise DeviceError(f"device cuda:{index}: {reason}; or use --device cpu")
+            raise DeviceError(f"device cuda:{index}: {reason}; or use device cpu")
         import cupy
 
         self.name = f"cuda:{index}"
@@ -397,7 +445,7 @@ class CudaBackend:
             free, total = self.device.mem_info
             raise DeviceError(
                 f"device {self.name}: out of memory: the pictures take {needed} MB, {free >> 20} MB of "
-                f"{total >> 20} MB are free: free some, or use --device cpu"
+                f"{total >> 20} MB are free: free some, or use device cpu"
             ) from None
         self._mask_sums, self._mask_squares = blended_mask_sums(assets)
         self.jpeg = CudaJpeg(recipe.quality, recipe.subsampling, recipe.optimize)
@@ -442,7 +490,7 @@ class CudaBackend:
                      np.int32(_FLIP_MODES[recipe.flip]), np.uint64(recipe.seed), _pointer(indices), np.int64(first),
                      np.int32(n), composites, masks, _pointer(None), changes),
                 )  # fmt: skip
-        return Pending(self, placements, changes)
+            return Pending(self, placements, changes)
 
     def _kernel(self, name: str) -> Any:
         """``composite`` or ``composite_placed``, with the user's blend where there is one."""
@@ -490,19 +538,20 @@ class CudaBackend:
                     self._grid(n), (_COMPOSITE_THREADS,),
                     (*self._packed(), table, np.int32(n), composites, masks, changes),
                 )  # fmt: skip
-        return Pending(self, placements, changes)
+            return Pending(self, placements, changes)
 
-    def add_up(self, placements: Placements, changes: Any) -> dict[str, Moments]:
-        """Exact moments from what the kernel changed of the backgrounds."""
+    def add_up(self, placements: Placements, changes: Any, made: Mark) -> dict[str, Moments]:
+        """Exact moments from what the kernel changed of the backgrounds, as it is at ``made``."""
         count = len(placements)
         if not count:
             return {"composite": Moments(), "composite_mask": Moments()}
         pixels = count * self.recipe.width * self.recipe.height
         columns: list[Any] = [placements.background, placements.foreground]
-        background, f = (column.get() if is_on_card(column) else column for column in columns)
+        background, f = (made.get(column) if is_on_card(column) else column for column in columns)
         counts = np.bincount(background, minlength=len(self._background_sums)).tolist()
         old = [sum(c * row[k] for c, row in zip(counts, self._background_sums, strict=True)) for k in range(6)]
-        total = [int(o) + int(np.int64(c)) for o, c in zip(old, np.asarray(changes).view(np.int64), strict=True)]
+        changed = made.get(changes).view(np.int64)
+        total = [int(o) + int(c) for o, c in zip(old, changed, strict=True)]
         return {
             "composite": Moments(count, pixels, tuple(total[:3]), tuple(total[3:])),
             "composite_mask": Moments(

@@ -84,7 +84,7 @@ class BenchOptions:
         if self.device.startswith("cuda"):
             reason = cuda.why_not(int(self.device.partition(":")[2] or 0))
             if reason is not None:
-                raise DeviceError(f"device {self.device}: {reason}; or use --device cpu")
+                raise DeviceError(f"device {self.device}: {reason}; or use device cpu")
         if self.pictures is not None:
             for name in ("bg", "fg"):
                 if not (self.pictures / name).is_dir():

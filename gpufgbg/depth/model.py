@@ -294,7 +294,7 @@ def resolve(options: DepthOptions, device: str) -> int | None:
 
     reason = why_not(int(number or 0))
     if reason is not None:
-        raise DeviceError(f"device {device}: {reason}; or use --device cpu")
+        raise DeviceError(f"device {device}: {reason}; or use device cpu")
     if options.backend != "onnxruntime":
         from gpufgbg.depth.engine_tensorrt import why_not as why_not_tensorrt
 

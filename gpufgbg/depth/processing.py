@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from gpufgbg.backends.cuda import as_array
+from gpufgbg.compiling import compiled
 from gpufgbg.depth.options import MEANINGS
 from gpufgbg.exceptions import OptionError
 from gpufgbg.recipe import MAX_FRAME
@@ -70,9 +72,8 @@ class Maps:
 # The CPU's side
 
 
-def _compiled(function: Any) -> Any:
-    # NumPy's error model: a division by zero is infinite, as it is on the card.
-    return numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")(function)
+# NumPy's error model: a division by zero is infinite, as it is on the card.
+_compiled = partial(compiled, error_model="numpy")
 
 
 @_compiled
@@ -191,17 +192,14 @@ def _size(size: Any) -> tuple[int, int]:
 
 def _batch(name: str, array: Any, dtypes: tuple[str, ...], shape: str, channels: tuple[int, ...] = ()) -> Any:
     """The array as NumPy's or CuPy's, C-contiguous, or `OptionError`."""
-    if _on_card(array):
-        import cupy
-
-        array = cupy.asarray(array)
-    else:
-        array = np.asarray(array)
+    array = as_array(array)
     fits = array.dtype.name in dtypes and array.ndim == 3 + len(channels) and array.shape[3:] == channels
     if not fits or not all(1 <= side <= MAX_FRAME for side in array.shape[1:3]):
         expected = f"{' or '.join(dtypes)} {shape}, 1 to {MAX_FRAME:,} pixels a side"
         raise OptionError(name, f"got {array.dtype} {array.shape}, expected {expected}")
     if _on_card(array):
+        import cupy
+
         with array.device:
             return cupy.ascontiguousarray(array)
     return np.ascontiguousarray(array)
@@ -263,8 +261,8 @@ def preprocess(
     Parameters
     ----------
     images : (N, H, W, 3) uint8
-        RGB, 1 to 16,384 pixels a side, in host memory or, as CuPy's or with ``__cuda_array_interface__``, a card's.
-        Copied first if not C-contiguous.
+        RGB, 1 to 16,384 pixels a side, in host memory or, as CuPy's or with ``__cuda_array_interface__`` or DLPack, a
+        card's. Copied first if not C-contiguous.
     size : (int, int)
         Height h and width w of the input in pixels, 1 to 16,384.
     layout : {"NCHW", "NHWC"}
@@ -354,8 +352,8 @@ def postprocess(
     Parameters
     ----------
     prediction : (N, h, w) float32 or float16
-        1 to 16,384 pixels a side, in host memory or, as CuPy's or with ``__cuda_array_interface__``, a card's. Copied
-        first if not C-contiguous.
+        1 to 16,384 pixels a side, in host memory or, as CuPy's or with ``__cuda_array_interface__`` or DLPack, a
+        card's. Copied first if not C-contiguous.
     size : (int, int)
         Height H and width W of the maps in pixels, 1 to 16,384.
     meaning : {"inverse", "metres", "relative"}

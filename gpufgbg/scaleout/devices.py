@@ -35,5 +35,5 @@ def several_devices(device: str) -> tuple[str, ...]:
             raise OptionError("device", f"got {device!r}: names card {number} twice")
         reason = cuda.why_not(int(number))
         if reason is not None:
-            raise DeviceError(f"device cuda:{number}: {reason}; or use --device cpu")
+            raise DeviceError(f"device cuda:{number}: {reason}; or use device cpu")
     return tuple(f"cuda:{number}" for number in numbers)
