@@ -286,7 +286,8 @@ class Manifest:
     def claim(self, part: Shard) -> Iterator[Path]:
         """Claim samples for this process, and give a folder for its unfinished shards.
 
-        Call it with the lock held. The claim ends with the block, or with the process, however it ends.
+        Call it with the lock held, and leave the block without it: its end takes the lock. The claim ends with the
+        block, or with the process, however it ends.
 
         Raises
         ------
@@ -320,8 +321,16 @@ class Manifest:
         try:
             yield folder
         finally:
-            own.release()
-            remove_tree(folder)
+            # With the lock held, or the next process to claim these samples could have its folder removed. What the
+            # file system refuses here is no loss: whoever claims next removes it.
+            try:
+                with contextlib.suppress(OSError):
+                    if folder.is_dir():
+                        with self.locked():
+                            own.release()
+                            remove_tree(folder)
+            finally:
+                own.release()
 
     # -- shards -------------------------------------------------------------------------------------
 
@@ -339,9 +348,10 @@ class Manifest:
                 path = self.scratch / f"{record.shard.name}.f32"
                 path.write_bytes(record.depth_ranges.astype("<f4").tobytes())
                 ranges.append(path)
+        if ranges:  # synced as well, so that no record is there without the folder
+            self._depth.mkdir(exist_ok=True)
         sync_file_system(self.scratch)
         if ranges:  # they are there before their record is
-            self._depth.mkdir(exist_ok=True)
             for path in ranges:
                 path.replace(self._depth / path.name)
             fsync_folder(self._depth)
