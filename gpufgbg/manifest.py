@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
+from gpufgbg.description import check_description, check_record
 from gpufgbg.exceptions import DatasetError, StorageError, printable
 from gpufgbg.files import fsync_folder, remove_tree, sync_file_system, write_atomic
 from gpufgbg.moments import Moments
@@ -254,7 +255,7 @@ class Manifest:
         Raises
         ------
         DatasetError
-            It is damaged, or of a newer version.
+            It is damaged, or of a newer version. What is returned has all that `gpufgbg.description` lists.
         """
         try:
             content = json.loads(self.file.read_bytes())
@@ -263,7 +264,7 @@ class Manifest:
                 raise ValueError
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DatasetError(
                 f"{printable(self.file)}: damaged or not ours: expected JSON with format gpufgbg"
             ) from None
@@ -273,6 +274,13 @@ class Manifest:
                 f"{printable(self.file)}: format version {version}, expected {known}: "
                 "use the version of gpufgbg that made it"
             )
+        try:
+            check_description(content)
+        except ValueError as error:
+            raise DatasetError(
+                f"{printable(self.file)}: damaged or not ours: {printable(error)}: restore it from a copy, or make "
+                "the data set again in another folder"
+            ) from None
         return content
 
     @contextlib.contextmanager
@@ -431,8 +439,10 @@ class Manifest:
     @staticmethod
     def _parsed(path: Path | str, data: bytes) -> ShardRecord:
         try:
-            return ShardRecord.from_dict(json.loads(data))
-        except (ValueError, KeyError, TypeError):
+            fields = json.loads(data)
+            check_record(fields)
+            return ShardRecord.from_dict(fields)
+        except (ValueError, RecursionError):
             raise DatasetError(f"{printable(path)}: damaged: remove it and run generate again") from None
 
     def settled(self, content: dict[str, Any]) -> bool:
