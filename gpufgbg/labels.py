@@ -6,9 +6,10 @@ data set's when a run ends, for the samples that are there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,24 @@ from gpufgbg.assets import Assets
 from gpufgbg.backends import blended_masks
 from gpufgbg.files import fsync_folder, remove_tree, sync_file_system
 from gpufgbg.layout import Layout
-from gpufgbg.manifest import missing
+from gpufgbg.manifest import within
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.remote.store import RemotePath
 
-__all__ = ["DepthRanges", "LabelJob", "mask_areas", "publish_labels", "write_labels"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "DepthRanges",
+    "LabelJob",
+    "TableRows",
+    "label_lines",
+    "mask_areas",
+    "publish_labels",
+    "row_groups",
+    "table_schema",
+    "write_labels",
+]
 
 _ROWS = 1 << 16  # of a row group; what is in memory at a time
 
@@ -63,16 +77,12 @@ def write_labels(
     remove_tree(folder)
     (folder / "labels").mkdir(parents=True)
     for b in range(plan.n_backgrounds):
-        whole = Shard(b * plan.per_background, (b + 1) * plan.per_background)
-        present = missing(whole, missing(whole, list(done)))
+        present = within(Shard(b * plan.per_background, (b + 1) * plan.per_background), done)
         if not present:
             continue
-        with (folder / layout.label_file(b)).open("w", encoding="ascii", newline="\n") as file:
-            for part in present:
-                placements = plan.placements(np.arange(part.start, part.stop))
-                stems, x, y = layout.stems(placements), placements.x.tolist(), placements.y.tolist()
-                file.writelines(f"{s}.jpg\t{u}\t{v}\n" for s, u, v in zip(stems, x, y, strict=True))
-    _write_table(folder / "labels.parquet", plan, layout, areas, done, depth_ranges)
+        with (folder / layout.label_file(b)).open("wb") as file:
+            file.writelines(label_lines(plan, layout, rows) for rows in row_groups(present))
+    _write_table(folder / "labels.parquet", plan, areas, done, depth_ranges)
 
 
 def publish_labels(folder: Path, out: Path | RemotePath) -> None:
@@ -89,10 +99,80 @@ def publish_labels(folder: Path, out: Path | RemotePath) -> None:
     fsync_folder(out)
 
 
+def row_groups(parts: Iterable[Shard]) -> Iterator[Shard]:
+    """``parts`` in pieces of as many samples as are in memory at a time."""
+    for part in parts:
+        for start in range(part.start, part.stop, _ROWS):
+            yield Shard(start, min(start + _ROWS, part.stop))
+
+
+def label_lines(plan: Plan, layout: Layout, rows: Shard) -> bytes:
+    """The lines of a label file for these samples."""
+    p = plan.placements(np.arange(rows.start, rows.stop))
+    columns = zip(layout.stems(p), p.x.tolist(), p.y.tolist(), strict=True)
+    return "".join([f"{stem}.jpg\t{x}\t{y}\n" for stem, x, y in columns]).encode("ascii")
+
+
+def table_schema(depth: bool) -> pa.Schema:
+    """The columns of labels.parquet; with ``depth`` two more."""
+    import pyarrow as pa
+
+    word = pa.dictionary(pa.int32(), pa.string())
+    fields = [
+        ("index", pa.int64()), ("name", pa.string()), ("background", word), ("foreground", word),
+        ("repetition", pa.int32()), ("flip", pa.bool_()), ("x", pa.int32()), ("y", pa.int32()),
+        ("w", pa.int32()), ("h", pa.int32()), ("mask_area", pa.int32()),
+    ]  # fmt: skip
+    if depth:
+        fields += [("depth_min", pa.float32()), ("depth_max", pa.float32())]
+    return pa.schema(fields)
+
+
+class TableRows:
+    """Makes the rows of labels.parquet.
+
+    Parameters
+    ----------
+    plan : Plan
+    areas : (F,) int32
+        Those of `mask_areas`.
+    """
+
+    def __init__(self, plan: Plan, areas: npt.NDArray[np.int32]) -> None:
+        import pyarrow as pa
+
+        self._plan, self._layout, self._areas = plan, Layout.of(plan), areas
+        self._backgrounds = pa.array([self._layout.background(b) for b in range(plan.n_backgrounds)])
+        self._foregrounds = pa.array([self._layout.foreground(f) for f in range(plan.n_foregrounds)])
+
+    def columns(self, rows: Shard, depth_ranges: DepthRanges | None) -> list[pa.Array]:
+        """The columns of `table_schema` for these samples; those of depth only with ``depth_ranges``."""
+        import pyarrow as pa
+
+        plan = self._plan
+        p = plan.placements(np.arange(rows.start, rows.stop))
+        f = p.foreground
+        columns = [
+            pa.array(p.index),
+            pa.array([f"{stem}.jpg" for stem in self._layout.stems(p)]),
+            pa.DictionaryArray.from_arrays(p.background, self._backgrounds),
+            pa.DictionaryArray.from_arrays(f, self._foregrounds),
+            pa.array(p.repetition),
+            pa.array(p.flip),
+            pa.array(p.x),
+            pa.array(p.y),
+            pa.array(plan.foreground_widths[f].astype(np.int32)),
+            pa.array(plan.foreground_heights[f].astype(np.int32)),
+            pa.array(self._areas[f]),
+        ]
+        if depth_ranges is not None:
+            columns += [pa.array(column) for column in depth_ranges(rows).T]
+        return columns
+
+
 def _write_table(
     path: Path,
     plan: Plan,
-    layout: Layout,
     areas: npt.NDArray[np.int32],
     done: Sequence[Shard],
     depth_ranges: DepthRanges | None,
@@ -100,38 +180,7 @@ def _write_table(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = {
-        "background": pa.array([layout.background(b) for b in range(plan.n_backgrounds)]),
-        "foreground": pa.array([layout.foreground(f) for f in range(plan.n_foregrounds)]),
-    }
-    word = pa.dictionary(pa.int32(), pa.string())
-    fields = [
-        ("index", pa.int64()), ("name", pa.string()), ("background", word), ("foreground", word),
-        ("repetition", pa.int32()), ("flip", pa.bool_()), ("x", pa.int32()), ("y", pa.int32()),
-        ("w", pa.int32()), ("h", pa.int32()), ("mask_area", pa.int32()),
-    ]  # fmt: skip
-    if depth_ranges is not None:
-        fields += [("depth_min", pa.float32()), ("depth_max", pa.float32())]
-    schema = pa.schema(fields)
+    schema, made = table_schema(depth_ranges is not None), TableRows(plan, areas)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for part in done:
-            for start in range(part.start, part.stop, _ROWS):
-                rows = Shard(start, min(start + _ROWS, part.stop))
-                p = plan.placements(np.arange(rows.start, rows.stop))
-                f = p.foreground
-                columns = [
-                    pa.array(p.index),
-                    pa.array([f"{stem}.jpg" for stem in layout.stems(p)]),
-                    pa.DictionaryArray.from_arrays(p.background, names["background"]),
-                    pa.DictionaryArray.from_arrays(f, names["foreground"]),
-                    pa.array(p.repetition),
-                    pa.array(p.flip),
-                    pa.array(p.x),
-                    pa.array(p.y),
-                    pa.array(plan.foreground_widths[f].astype(np.int32)),
-                    pa.array(plan.foreground_heights[f].astype(np.int32)),
-                    pa.array(areas[f]),
-                ]
-                if depth_ranges is not None:
-                    columns += [pa.array(column) for column in depth_ranges(rows).T]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        for rows in row_groups(done):
+            writer.write_table(pa.Table.from_arrays(made.columns(rows, depth_ranges), schema=schema))

@@ -21,7 +21,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
+from gpufgbg.description import check_description, check_record
 from gpufgbg.exceptions import DatasetError, StorageError, printable
 from gpufgbg.files import fsync_folder, remove_tree, sync_file_system, write_atomic
 from gpufgbg.moments import Moments
@@ -41,11 +43,14 @@ __all__ = [
     "Recorder",
     "ShardChecksum",
     "ShardRecord",
+    "inside",
+    "kept",
     "merged",
     "missing",
     "open_dataset",
     "open_manifest",
     "tiling",
+    "within",
 ]
 
 FORMAT_VERSION = 1  # 2 where there are segments, see gpufgbg.segments
@@ -138,6 +143,36 @@ def missing(wanted: Shard, done: list[Shard]) -> list[Shard]:
     return gaps
 
 
+def within(whole: Shard, done: Sequence[Shard]) -> list[Shard]:
+    """The parts of ``whole`` that ``done`` (sorted, disjoint) covers; found by bisection."""
+    parts: list[Shard] = []
+    for at in range(bisect_right(done, whole.start, key=lambda shard: shard.stop), len(done)):
+        if done[at].start >= whole.stop:
+            break
+        parts.append(Shard(max(done[at].start, whole.start), min(done[at].stop, whole.stop)))
+    return parts
+
+
+def inside(whole: Sequence[Shard], pieces: Iterable[Shard]) -> list[Shard]:
+    """Those of ``pieces`` that lie inside one of ``whole`` (sorted, disjoint) and are not one of them; sorted."""
+    found, at = [], 0
+    for piece in sorted(pieces):
+        while at < len(whole) and whole[at].stop <= piece.start:
+            at += 1
+        if at < len(whole) and piece != whole[at] and whole[at].start <= piece.start and piece.stop <= whole[at].stop:
+            found.append(piece)
+    return found
+
+
+def kept(shards: Iterable[Shard]) -> list[Shard]:
+    """What counts of recorded shards that may overlap, sorted: the first, of those the longest, that fits."""
+    found: list[Shard] = []
+    for shard in sorted(shards, key=lambda shard: (shard.start, -shard.stop)):
+        if not found or shard.start >= found[-1].stop:
+            found.append(shard)
+    return found
+
+
 def merged(shards: list[Shard]) -> list[Shard]:
     """Sorted, disjoint shards with neighbours joined."""
     joined: list[Shard] = []
@@ -220,7 +255,7 @@ class Manifest:
         Raises
         ------
         DatasetError
-            It is damaged, or of a newer version.
+            It is damaged, or of a newer version. What is returned has all that `gpufgbg.description` lists.
         """
         try:
             content = json.loads(self.file.read_bytes())
@@ -229,7 +264,7 @@ class Manifest:
                 raise ValueError
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DatasetError(
                 f"{printable(self.file)}: damaged or not ours: expected JSON with format gpufgbg"
             ) from None
@@ -239,6 +274,13 @@ class Manifest:
                 f"{printable(self.file)}: format version {version}, expected {known}: "
                 "use the version of gpufgbg that made it"
             )
+        try:
+            check_description(content)
+        except ValueError as error:
+            raise DatasetError(
+                f"{printable(self.file)}: damaged or not ours: {printable(error)}: restore it from a copy, or make "
+                "the data set again in another folder"
+            ) from None
         return content
 
     @contextlib.contextmanager
@@ -252,7 +294,8 @@ class Manifest:
     def claim(self, part: Shard) -> Iterator[Path]:
         """Claim samples for this process, and give a folder for its unfinished shards.
 
-        Call it with the lock held. The claim ends with the block, or with the process, however it ends.
+        Call it with the lock held, and leave the block without it: its end takes the lock. The claim ends with the
+        block, or with the process, however it ends.
 
         Raises
         ------
@@ -286,8 +329,16 @@ class Manifest:
         try:
             yield folder
         finally:
-            own.release()
-            remove_tree(folder)
+            # With the lock held, or the next process to claim these samples could have its folder removed. What the
+            # file system refuses here is no loss: whoever claims next removes it.
+            try:
+                with contextlib.suppress(OSError):
+                    if folder.is_dir():
+                        with self.locked():
+                            own.release()
+                            remove_tree(folder)
+            finally:
+                own.release()
 
     # -- shards -------------------------------------------------------------------------------------
 
@@ -305,9 +356,10 @@ class Manifest:
                 path = self.scratch / f"{record.shard.name}.f32"
                 path.write_bytes(record.depth_ranges.astype("<f4").tobytes())
                 ranges.append(path)
+        if ranges:  # synced as well, so that no record is there without the folder
+            self._depth.mkdir(exist_ok=True)
         sync_file_system(self.scratch)
         if ranges:  # they are there before their record is
-            self._depth.mkdir(exist_ok=True)
             for path in ranges:
                 path.replace(self._depth / path.name)
             fsync_folder(self._depth)
@@ -315,8 +367,8 @@ class Manifest:
             path.replace(folder / path.name)
         fsync_folder(folder)
 
-    def depth_ranges(self, part: Shard, records: Iterable[ShardRecord]) -> npt.NDArray[np.float32]:
-        """(samples, 2) least and greatest depth of committed samples; ``records`` cover them, in order.
+    def depth_ranges(self, part: Shard, records: Sequence[ShardRecord]) -> npt.NDArray[np.float32]:
+        """(samples, 2) least and greatest depth of committed samples; ``records`` (sorted, disjoint) cover them.
 
         Raises
         ------
@@ -324,11 +376,11 @@ class Manifest:
             A file of them is gone or damaged.
         """
         found = []
-        for record in records:
-            shard = record.shard
+        for at in range(bisect_right(records, part.start, key=lambda record: record.shard.stop), len(records)):
+            shard = records[at].shard
             start, stop = max(part.start, shard.start), min(part.stop, shard.stop)
             if start >= stop:
-                continue
+                break
             path = self._depth / f"{shard.name}.f32"
             try:
                 data = self._floats(path.name, 2 * (start - shard.start), 2 * (stop - start))
@@ -354,18 +406,13 @@ class Manifest:
     def forget_pieces(self, joined: Iterable[ShardRecord]) -> None:
         """Remove the records of pieces that lie in these joined ones; others may be added meanwhile, and stay."""
         folder = self.state / "shards"
-        whole = {record.shard for record in joined}
-        stale = []
-        for path in folder.glob("*.json"):
-            piece = Shard.from_name(path.stem)
-            if piece not in whole and any(w.start <= piece.start and piece.stop <= w.stop for w in whole):
-                stale.append(path)
-        for path in self._depth.glob("*.f32"):  # also those of pieces that were never recorded
-            piece = Shard.from_name(path.stem)
-            if piece not in whole and any(w.start <= piece.start and piece.stop <= w.stop for w in whole):
-                path.unlink()
-        for path in stale:
-            path.unlink()
+        whole = sorted(record.shard for record in joined)
+        stale = inside(whole, (Shard.from_name(path.stem) for path in folder.glob("*.json")))
+        ranges = (Shard.from_name(path.stem) for path in self._depth.glob("*.f32"))
+        for piece in inside(whole, ranges):  # also those of pieces that were never recorded
+            (self._depth / f"{piece.name}.f32").unlink()
+        for piece in stale:
+            (folder / f"{piece.name}.json").unlink()
         if stale:
             fsync_folder(folder)
 
@@ -381,12 +428,8 @@ class Manifest:
             raise DatasetError(
                 f"{printable(self.state)}: its records change all the time: wait for the others to end"
             )
-        found.sort(key=lambda record: (record.shard.start, -record.shard.stop))
-        kept: list[ShardRecord] = []
-        for record in found:  # pieces that a kill left beside the shard they were joined into
-            if not kept or record.shard.start >= kept[-1].shard.stop:
-                kept.append(record)
-        return kept
+        by_shard = {record.shard: record for record in found}
+        return [by_shard[shard] for shard in kept(by_shard)]  # a kill leaves pieces beside what they were joined into
 
     def _read_records(self) -> Iterator[ShardRecord]:
         folder = self.state / "shards"
@@ -396,8 +439,10 @@ class Manifest:
     @staticmethod
     def _parsed(path: Path | str, data: bytes) -> ShardRecord:
         try:
-            return ShardRecord.from_dict(json.loads(data))
-        except (ValueError, KeyError, TypeError):
+            fields = json.loads(data)
+            check_record(fields)
+            return ShardRecord.from_dict(fields)
+        except (ValueError, RecursionError):
             raise DatasetError(f"{printable(path)}: damaged: remove it and run generate again") from None
 
     def settled(self, content: dict[str, Any]) -> bool:

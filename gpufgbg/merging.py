@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from gpufgbg.compositor import Compositor, check_workers
 from gpufgbg.exceptions import DatasetError, Interrupted, OptionError, printable
 from gpufgbg.files import storage_errors
 from gpufgbg.layout import SAMPLE_KINDS
-from gpufgbg.manifest import Manifest, Recorder, ShardRecord, merged, missing, open_dataset, open_manifest
+from gpufgbg.manifest import Manifest, Recorder, ShardRecord, merged, missing, open_dataset, open_manifest, within
 from gpufgbg.pipeline import begin_dataset, depth_differences, differences_of, finish_dataset, load_assets
 from gpufgbg.recipe import Plan, Recipe, Shard
 from gpufgbg.segments import CompactingRecorder, has_segments, shards_of
@@ -124,27 +124,26 @@ def merge(
         manifest.check_free()
         assets, opened = _open(parts)
         first = opened[0]
-        content = manifest.read()
-        if content is not None:
-            _check_alike(manifest.out, content, first)
         _check_overlaps(opened)
         compositor = Compositor(assets, first.recipe, "cpu", threads)
         plan = compositor.plan
-        sink = sinks.select((content or first.content)["sink"], manifest.out, plan, first.sink.kinds)
-        there = [record.shard for record in manifest.records()]
-        wanted = [(part, record) for part in opened for record in _new_ones(part, there, manifest.out)]
-        wanted.sort(key=lambda pair: pair[1].shard)
+        _wanted(manifest, opened)  # refuses before anything is written, even a lock
+        sinks.select((manifest.read() or first.content)["sink"], manifest.out, plan, first.sink.kinds)  # likewise
         recorder: Recorder = CompactingRecorder(manifest, plan) if has_segments(plan) else manifest
         with ExitStack() as held:
             with manifest.locked():
+                wanted = _wanted(manifest, opened)  # another process may have made or begun it meanwhile
                 if wanted:
                     span = Shard(wanted[0][1].shard.start, wanted[-1][1].shard.stop)
                     folder = held.enter_context(manifest.claim(span))
                 content = manifest.read() or _begin(manifest, opened, assets, plan)
+            sink = sinks.select(content["sink"], manifest.out, plan, first.sink.kinds)
             if wanted:
                 _take(recorder, sink, plan, wanted, folder, threads, progress)
             with manifest.locked():
                 latest = finish_dataset(manifest, content, compositor, sink, None)
+                while not manifest.settled(latest):
+                    latest = finish_dataset(manifest, content, compositor, sink, None)
         done = merged([record.shard for record in manifest.records()])
     return MergeReport(
         manifest.out,
@@ -222,20 +221,40 @@ def ranges(shards: Sequence[Shard]) -> str:
     return text if len(shards) <= _NAMED else f"{text} and {len(shards) - _NAMED} more ranges"
 
 
-def _new_ones(part: _Part, there: list[Shard], out: Path) -> Iterator[ShardRecord]:
-    """The records of a part that ``out``, which has the samples ``there``, lacks as a whole."""
+def _wanted(manifest: Manifest, parts: list[_Part]) -> list[tuple[_Part, ShardRecord]]:
+    """The shards of the parts that the data set lacks as it is now, sorted.
+
+    Raises
+    ------
+    DatasetError
+        It is of another recipe or other pictures, or has some of a shard's samples.
+    """
+    content = manifest.read()
+    if content is not None:
+        _check_alike(manifest.out, content, parts[0])
+    there = [record.shard for record in manifest.records()]
+    wanted = [(part, record) for part in parts for record in _new_ones(part, there, manifest.out)]
+    return sorted(wanted, key=lambda pair: pair[1].shard)
+
+
+def _new_ones(part: _Part, there: list[Shard], out: Path) -> list[ShardRecord]:
+    """The records of a part that ``out`` lacks as a whole; they are added to ``there``, sorted, what it has."""
+    new: list[ShardRecord] = []
+    both: list[Shard] = []
     for record in part.records:
-        gaps = missing(record.shard, there)
-        if gaps == [record.shard]:
-            there.append(record.shard)
-            there.sort()
-            yield record
-        elif gaps:
-            both = missing(record.shard, gaps)
-            raise DatasetError(
-                f"the parts overlap: samples {ranges(both)} are in {printable(out)} and in "
-                f"{printable(part.manifest.out)}: make those again with other --samples"
-            )
+        found = within(record.shard, there)
+        if not found:
+            new.append(record)
+        elif missing(record.shard, found):
+            both += found
+    if both:
+        raise DatasetError(
+            f"the parts overlap: samples {ranges(merged(both))} are in {printable(out)} and in "
+            f"{printable(part.manifest.out)}: make those again with other --samples"
+        )
+    there.extend(record.shard for record in new)
+    there.sort()
+    return new
 
 
 def _begin(manifest: Manifest, parts: list[_Part], assets: Assets, plan: Plan) -> dict[str, Any]:

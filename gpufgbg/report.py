@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -158,14 +159,22 @@ def _shown(image: Image.Image) -> Image.Image:
 
 
 def _spread(root: Path, columns: int) -> Iterator[list[StoredPicture]]:
-    """For each kind that is there, ``columns`` pictures: of sample kinds those of the same samples."""
-    kinds: dict[str, list[StoredPicture]] = {}
+    """For each kind that is there, ``columns`` pictures: of sample kinds those of the same samples.
+
+    They are counted first and then picked, so that no more of them than these are in memory.
+    """
+    counts = Counter(picture.kind for picture in scan(root))
+    wanted = {}
+    for kind, count in counts.items():
+        shown = min(columns, count)
+        # evenly spread, each a golden section further into its part: not the same foreground every time
+        wanted[kind] = Counter(int((i + i * 0.6180339887 % 1) * count / shown) for i in range(shown))
+    kinds: dict[str, list[StoredPicture]] = {kind: [] for kind in counts}
+    met: Counter[str] = Counter()
     for picture in scan(root):
-        kinds.setdefault(picture.kind, []).append(picture)
+        if picture.kind in wanted:
+            kinds[picture.kind] += [picture] * wanted[picture.kind][met[picture.kind]]
+            met[picture.kind] += 1
     for kind in KINDS:
-        pictures = kinds.get(kind)
-        if pictures:
-            count = len(pictures)
-            shown = min(columns, count)
-            # evenly spread, each a golden section further into its part: not the same foreground every time
-            yield [pictures[int((i + i * 0.6180339887 % 1) * count / shown)] for i in range(shown)]
+        if pictures := kinds.get(kind):
+            yield pictures

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 from conftest import smooth
 from PIL import Image
 
-from gpufgbg import Interrupted, Moments, Recipe, decoding, generate, mean_std
+from gpufgbg import Interrupted, Moments, Recipe, decoding, generate, mean_std, report
+from gpufgbg.readers import StoredPicture
 from gpufgbg.report import format_bytes
 from gpufgbg.statistics import statistics
 
@@ -364,3 +366,25 @@ def test_preview_options(dataset, run, options, message):
 )
 def test_lengths_are_printed_like_du(count, text):
     assert format_bytes(count) == text
+
+
+def test_preview_keeps_few_pictures_in_memory(monkeypatch):
+    """Which it shows depends on how many there are: it counts before it picks."""
+
+    def scan(root: Path):
+        for n in range(30_000):
+            yield StoredPicture("composite", f"{root}/", f"fg_bg/bg_00/picture_of_a_long_name_{n:06d}.jpg", bytes)
+            if n < 7:
+                yield StoredPicture("background", f"{root}/", f"bg/{n}.jpg", bytes)
+
+    monkeypatch.setattr(report, "scan", scan)
+    tracemalloc.start()
+    try:
+        background, composite = report._spread(Path("set"), 10)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    shown = [int(picture.path[-10:-4]) for picture in composite]
+    assert shown == [int((i + i * 0.6180339887 % 1) * 3000) for i in range(10)]
+    assert [picture.path for picture in background] == [f"bg/{int(i + i * 0.6180339887 % 1)}.jpg" for i in range(7)]
+    assert most < 1 << 20

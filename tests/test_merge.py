@@ -147,3 +147,32 @@ def test_samples_that_a_run_is_making_are_not_taken(make, tmp_path):
     ):
         merge(tmp_path / "out", [part])
     assert [record.shard.stop for record in Manifest(tmp_path / "out").records()] == [6, 10]
+
+
+def test_what_another_process_makes_meanwhile(make, tmp_path, monkeypatch):
+    """Between the first look at OUT and the lock: samples of the parts, or another data set altogether."""
+    parts = [make("a", (0, 20)), make("b", (20, 48))]
+    original = Manifest.locked
+
+    def at_the_last_moment(call):
+        def locked(manifest):
+            monkeypatch.setattr(Manifest, "locked", original)
+            call()
+            return original(manifest)
+
+        monkeypatch.setattr(Manifest, "locked", locked)
+
+    at_the_last_moment(lambda: merge(tmp_path / "out", parts[:1]))
+    report = merge(tmp_path / "out", parts)
+    assert (report.samples, report.complete) == (28, True)
+    assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(make("whole"))
+    other = Recipe(size=(64, 48), foreground_height=20, per_pair=2, seed=1)
+    at_the_last_moment(lambda: make("other", (0, 20), other))
+    with pytest.raises(DatasetError, match="seed is 1 there and 0 here"):
+        merge(tmp_path / "other", parts)
+    at_the_last_moment(lambda: make("cut", (15, 30)))
+    with pytest.raises(DatasetError, match=r"samples 15:16 are in .*cut and in .*a: make those again"):
+        merge(tmp_path / "cut", parts)
+    at_the_last_moment(lambda: make("shards", (0, 6), sink="tar"))
+    merge(tmp_path / "shards", [make("c", (6, 48))])
+    assert oracle.tree_of(tmp_path / "shards") == oracle.tree_of(make("whole-tar", sink="tar"))

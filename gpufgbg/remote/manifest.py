@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gpufgbg.exceptions import DatasetError, StorageError, printable
-from gpufgbg.manifest import STATE, Manifest, ShardRecord
+from gpufgbg.manifest import STATE, Manifest, ShardRecord, inside, kept
 from gpufgbg.recipe import Shard
 from gpufgbg.remote.store import RemotePath, Store
 
@@ -49,6 +49,7 @@ class RemoteManifest(Manifest):
         self.scratch = self._local / "scratch"
         self.journal = None  # it would be one more request a map
         self._known: dict[str, ShardRecord] = {}
+        self._looked: frozenset[str] = frozenset()  # names of the records at the last call of `settled`
 
     def check_free(self) -> None:
         """Raise where the store can't be written, or holds something else under the URL."""
@@ -66,14 +67,16 @@ class RemoteManifest(Manifest):
         yield
 
     def settled(self, content: dict[str, Any]) -> bool:
-        """Whether dataset.json lists all records that are there: another run may have added some meanwhile."""
-        listed = [Shard(entry["start"], entry["stop"]) for entry in content["shards"]]
-        names = (Shard.from_name(name.removesuffix(".json")) for name in self.store.list(f"{STATE}/shards"))
-        starts = {shard.start: shard for shard in listed}
-        return all(
-            name in listed or any(s.start <= name.start and name.stop <= s.stop for s in starts.values())
-            for name in names
-        )
+        """Whether dataset.json lists all records that count: another run may have added some meanwhile.
+
+        Also where nothing has changed since the last call, which looking again would not change either.
+        """
+        names = frozenset(self.store.list(f"{STATE}/shards"))
+        counting = kept(Shard.from_name(name.removesuffix(".json")) for name in names)
+        if counting == [Shard(entry["start"], entry["stop"]) for entry in content["shards"]]:
+            return True
+        unchanged, self._looked = names == self._looked, names
+        return unchanged
 
     # -- leases -------------------------------------------------------------------------------------
 
@@ -158,11 +161,12 @@ class RemoteManifest(Manifest):
     def forget_pieces(self, joined: Iterable[ShardRecord]) -> None:
         """Remove the records of pieces that lie in these joined ones."""
         whole = sorted(record.shard for record in joined)
-        for folder in ("depth", "shards"):
+        for folder, ending in (("depth", ".f32"), ("shards", ".json")):
             names = self.store.list(f"{STATE}/{folder}")
-            pieces = _inside(whole, names)
-            self.store.remove(f"{STATE}/{folder}/{name}" for name in pieces)
-            for name in pieces:
+            pieces = inside(whole, (Shard.from_name(name.removesuffix(ending)) for name in names))
+            gone = [f"{piece.name}{ending}" for piece in pieces]
+            self.store.remove(f"{STATE}/{folder}/{name}" for name in gone)
+            for name in gone:
                 self._known.pop(name, None)
 
     def _floats(self, name: str, first: int, count: int) -> bytes:
@@ -176,18 +180,6 @@ class RemoteManifest(Manifest):
         for name, data in zip(new, found, strict=True):
             self._known[name] = self._parsed(f"{self.out}/{STATE}/shards/{name}", data)
         yield from (self._known[name] for name in names)
-
-
-def _inside(whole: list[Shard], names: Iterable[str]) -> list[str]:
-    """Names of what lies inside one of ``whole`` and is not one of them."""
-    found, at = [], 0
-    for name in sorted(names):
-        piece = Shard.from_name(name.partition(".")[0])
-        while at < len(whole) and whole[at].stop <= piece.start:
-            at += 1
-        if at < len(whole) and piece != whole[at] and whole[at].start <= piece.start and piece.stop <= whole[at].stop:
-            found.append(name)
-    return found
 
 
 def _died_here(seen: dict[str, Any]) -> bool:
