@@ -372,7 +372,9 @@ def _add_depth(parser: argparse.ArgumentParser, name: str, what: str) -> None:
         "--depth-range", choices=RANGES, help="values that an ONNX model takes (default: unit, 0 to 1)"
     )
     parser.add_argument(
-        "--depth-meaning", choices=MEANINGS, help="what an ONNX model gives (default: what it says, or metres)"
+        "--depth-meaning",
+        choices=MEANINGS,
+        help="what an ONNX model gives: disparity for MiDaS, DPT, Depth Anything (default: what it says, or metres)",
     )
     parser.add_argument(
         "--depth-scale",

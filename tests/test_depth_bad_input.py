@@ -267,7 +267,7 @@ def test_a_precision_that_the_file_does_not_have(refused_everywhere, tmp_path, d
         ("--depth-backend=torch", "--depth-backend: invalid choice"),
         ("--depth-precision=int8", "--depth-precision: invalid choice"),
         ("--depth-range=0..1", "--depth-range: invalid choice"),
-        ("--depth-meaning=disparity", "--depth-meaning: invalid choice"),
+        ("--depth-meaning=nearness", "--depth-meaning: invalid choice"),
         ("--depth-upsampling=nearest", "--depth-upsampling: invalid choice"),
     ],
 )

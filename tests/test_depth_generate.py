@@ -34,6 +34,7 @@ from gpufgbg import (
     DatasetError,
     DepthModel,
     DepthOptions,
+    GpufgbgWarning,
     InputError,
     Interrupted,
     Moments,
@@ -1163,6 +1164,60 @@ def test_model_refuses_other_arrays(models, wrong):
 def test_model_refuses_other_arguments(models, arguments, message):
     with pytest.raises(OptionError, match=message):
         DepthModel(**{"weights": models / "blur.onnx", "size": 32, "device": "cpu", **arguments})
+
+
+def midas(path: Path) -> Path:
+    """Relative inverse depth as MiDaS gives it: far beyond 100, larger is nearer."""
+    return onnx_models.blur(path, tail=[("Mul", 500.0), ("Add", 100.0)])
+
+
+CLIPPED = (
+    r"^--depth midas.onnx: flat depth maps, {0} of {0}: the predictions lie outside 1 to 100, to which "
+    r"--depth-meaning inverse clips them: for relative inverse depth \(MiDaS, DPT, Depth Anything\) use "
+    r"--depth-meaning disparity$"
+)
+
+
+def test_model_of_disparity(tmp_path, images):
+    model = DepthModel(DepthOptions(midas(tmp_path / "midas.onnx"), meaning="disparity"), (28, 20), "cpu", 2)
+    maps = model.predict(images)
+    assert model.describe()["meaning"] == "disparity"
+    for image, grey, metres in zip(images, maps.grey, maps.metres, strict=True):
+        p = 500 * onnx_models.blurred(image.transpose(2, 0, 1)[None] / 255)[0] + 100
+        np.testing.assert_allclose(metres, -p, rtol=1e-5)
+        assert (grey[np.unravel_index(p.argmax(), p.shape)], grey[np.unravel_index(p.argmin(), p.shape)]) == (0, 255)
+    said = onnx_models.blur(tmp_path / "said.onnx", metadata={"meaning": "disparity"})
+    assert DepthModel(said, 32, "cpu").source.meaning == "disparity"
+
+
+def test_maps_that_the_clip_flattens_are_told_once(tmp_path, images, run, arguments):
+    path = midas(tmp_path / "midas.onnx")
+    inverse = DepthOptions(path, meaning="inverse", scale=3)
+    model = DepthModel(inverse, (28, 20), "cpu", 2)
+    with pytest.warns(GpufgbgWarning, match=CLIPPED.format(7)) as told:
+        assert not model.predict(images).grey.any()
+        model.predict(images)
+    assert len(told) == 1
+    with pytest.warns(GpufgbgWarning, match=CLIPPED.format(3)):
+        DepthModel(inverse, (28, 20), "cpu", 2).predict_each(list(images[:3]))
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(images[0]).save(tmp_path / "pictures" / "a.png")
+    for command in (
+        [*arguments, f"--depth={path}"],
+        ["depth", tmp_path / "pictures", f"--weights={path}", "--device=cpu"],
+    ):
+        code, _, error = run(*command, "--depth-meaning=inverse")
+        (line,) = [line for line in error.splitlines() if "flat depth maps" in line]
+        assert code == 0 and "use --depth-meaning disparity" in line
+
+
+def test_maps_that_are_not_clipped_or_not_all_are_not_told(tmp_path, models, images):
+    """Warnings are errors here."""
+    model = DepthModel(DepthOptions(onnx_models.flat(tmp_path / "flat.onnx"), meaning="inverse"), (28, 20), "cpu")
+    assert not model.predict(images).grey.any()  # 2 everywhere, which lies within
+    model = DepthModel(models / "inverse.onnx", (28, 20), "cpu")
+    some = np.stack([np.zeros_like(images[0]), images[0]])
+    assert model.predict(some).grey.any() and model.predict_each([]) == []
 
 
 def test_model_names_pictures_that_give_no_numbers(tmp_path, images):

@@ -8,6 +8,8 @@ grey = min(255, floor(256 q)). ``min`` and ``max``, in metres, are kept, so that
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ import numpy.typing as npt
 from gpufgbg.backends import check_device, why_cpu
 from gpufgbg.compositor import check_workers
 from gpufgbg.depth.options import DepthOptions
-from gpufgbg.depth.processing import NORMALISATIONS, Maps, postprocess, preprocess
-from gpufgbg.depth.sources import NetworkSource, open_source
-from gpufgbg.exceptions import DeviceError, InputError, OptionError, printable
+from gpufgbg.depth.processing import NORMALISATIONS, Maps, are_clipped, postprocess, preprocess
+from gpufgbg.depth.sources import DenseDepth, NetworkSource, open_source
+from gpufgbg.exceptions import DeviceError, GpufgbgWarning, InputError, OptionError, printable
 from gpufgbg.recipe import Recipe
 
 __all__ = ["DepthMaps", "DepthModel"]
@@ -71,7 +73,7 @@ class DepthModel:
     Warns
     -----
     GpufgbgWarning
-        An engine can't be kept in the cache.
+        An engine can't be kept in the cache; or, once, depth maps are all flat for what the model's meaning clips.
 
     Examples
     --------
@@ -98,6 +100,7 @@ class DepthModel:
         self.device = "cpu" if self.index is None else f"cuda:{self.index}"
         self.source = source or open_source(options, frame)
         self.engine = self._engine(tell)
+        self._clipping = threading.Lock()  # taken by the one warning about it
 
     def _engine(self, tell: Callable[[str], None] | None) -> Any:
         options, batch = self.options, self.options.batch
@@ -175,6 +178,7 @@ class DepthModel:
                 pictures = _checked(cupy.asarray(as_array(images)))
                 maps = self.maps(cupy.ascontiguousarray(pictures), metres)
         self.check(maps.faults)
+        self.warn_clipped(maps.range)
         return DepthMaps(maps.grey, maps.range, maps.metres)
 
     def maps(self, images: Any, metres: bool = False) -> Maps:
@@ -214,15 +218,18 @@ class DepthModel:
         InputError
             As for `predict`.
         """
+        each: list[tuple[npt.NDArray[np.uint8], tuple[float, float]]]
         if self.index is None:
             with ThreadPoolExecutor(self.workers) as pool:
                 each_maps = list(pool.map(lambda image: self.maps(_checked(image[None])), images))
             for i, maps in enumerate(each_maps):
                 self.check(maps.faults, i, names)
-            return [(maps.grey[0], tuple(maps.range[0].tolist())) for maps in each_maps]
+            each = [(maps.grey[0], tuple(maps.range[0].tolist())) for maps in each_maps]
+            self.warn_clipped(np.array([depths for _, depths in each], np.float32).reshape(-1, 2))
+            return each
         import cupy
 
-        each: list[tuple[npt.NDArray[np.uint8], tuple[float, float]]] = []
+        each = []
         with cupy.cuda.Device(self.index):
             for start in range(0, len(images), self.batch):
                 part = [cupy.asarray(image[None]) for image in images[start : start + self.batch]]
@@ -234,6 +241,7 @@ class DepthModel:
                     maps = self._postprocess(prediction[i : i + 1], image.shape[1:3], False)
                     self.check(maps.faults, start + i, names)
                     each.append((maps.grey[0].get(), tuple(maps.range[0].tolist())))
+        self.warn_clipped(np.array([depths for _, depths in each], np.float32).reshape(-1, 2))
         return each
 
     def _inputs(self, like: Any) -> Any:
@@ -266,6 +274,27 @@ class DepthModel:
                 "are no numbers: the weights are damaged, or not meant for these options"
                 + (", or too large for fp16: try --depth-precision fp32" if self._half else "")
             )
+
+    def warn_clipped(self, ranges: Any) -> None:
+        """Warn, once, where the clip left nothing of a batch's depth: maps of these ``ranges`` are all flat.
+
+        ``ranges`` (N, 2) float32, in any memory.
+        """
+        source = self.source
+        if source.meaning != "inverse" or self._clipping.locked():
+            return
+        found = ranges if isinstance(ranges, np.ndarray) else ranges.get()
+        if not are_clipped(found, source.scale) or not self._clipping.acquire(blocking=False):
+            return
+        advice = "the weights are damaged or not trained"
+        if not isinstance(source, DenseDepth):
+            advice = "for relative inverse depth (MiDaS, DPT, Depth Anything) use --depth-meaning disparity"
+        warnings.warn(
+            f"--depth {printable(source.name)}: flat depth maps, {len(found)} of {len(found)}: the predictions lie "
+            f"outside 1 to 100, to which --depth-meaning inverse clips them: {advice}",
+            GpufgbgWarning,
+            stacklevel=2,
+        )
 
     @property
     def _half(self) -> bool:
