@@ -172,6 +172,16 @@ def test_any_frame_with_a_size_that_fits(run, arguments, h5_file, tmp_path):
 
 # -- ONNX -----------------------------------------------------------------------------------------------
 
+
+def without_data(path: Path, kept: int | None = None) -> None:
+    """The file of a model's weights is gone, or has so many bytes left."""
+    data = path.with_name("weights.data")
+    if kept is None:
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:kept])
+
+
 ONNX = {
     "two inputs": (onnx_models.two_inputs, "2 inputs (left, right), expected one picture as input"),
     "two outputs": (onnx_models.two_outputs, "2 outputs (depth, sureness), expected one map as output"),
@@ -184,6 +194,31 @@ ONNX = {
         lambda path: onnx_models.blur(path, said_type="float64"), "output depth holds DOUBLE, expected FLOAT",
     ),
     "RGBA input": (onnx_models.four_channels, "input image is ?x4x?x?, expected Nx3xHxW or NxHxWx3"),
+    "RGBA input, open sides": (
+        lambda path: onnx_models.mean(path, ("N", "H", "W", 4)), "input image is ?x?x?x4, expected Nx3xHxW or NxHxWx3"
+    ),
+    "open channels of which 1 is taken": (
+        lambda path: onnx_models.grey(path, ("N", "C", "H", "W")),
+        "input image is ?x?x?x?, of 1 channels, expected Nx3xHxW or NxHxWx3",
+    ),
+    "weights beside it that are missing": (
+        lambda path: without_data(onnx_models.external(path)),
+        "its weights lie in weights.data, which can't be read: No such file or directory: put that file beside the",
+    ),
+    "weights beside it that are cut off": (
+        lambda path: without_data(onnx_models.external(path), 100),
+        "its weights lie in weights.data, which is cut off: 100 bytes, expected 108: get it again",
+    ),
+    "weights of another folder": (
+        lambda path: path.write_bytes(
+            onnx_models.external(path).read_bytes().replace(b"weights.data", b"../dear.data")
+        ),
+        "its weights lie in ../dear.data, expected a file in the model's own folder: export the model again",
+    ),
+    "weights at no place": (
+        lambda path: path.write_bytes(onnx_models.external(path).read_bytes().replace(b"108", b"-10")),
+        "its weights lie in weights.data at no possible place: export the model again",
+    ),
     "unknown operator": (onnx_models.unknown_operator, "no usable ONNX model: No Op registered for Mystery"),
     "unknown domain": (
         lambda path: onnx_models.unknown_operator(path, "com.example"),

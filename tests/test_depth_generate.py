@@ -276,6 +276,67 @@ def test_any_form_of_model(make, tmp_path, form, options, plain):
     assert content["depth"]["engines"] == [engine(form.get("batch", 1), precision)]
 
 
+OPEN = ("batch_size", "num_channels", "height", "width")  # as Hugging Face's exports have it
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"head": [("Sub", 0.5), ("Div", 0.25), ("Mul", 0.25), ("Add", 0.5)]},
+        {"channels_last": True},
+        {"said_input": (1, None, 20, 28)},
+    ],
+    ids=["convolution", "normalised first", "transposed first", "fixed sides"],
+)
+def test_model_with_open_channels(tmp_path, images, form):
+    """What the first convolution takes for channels decides."""
+    known = {name: value for name, value in form.items() if name != "said_input"}
+    plain = DepthModel(onnx_models.blur(tmp_path / "plain.onnx", **known), (28, 20), "cpu").predict(images)
+    path = onnx_models.blur(tmp_path / "open.onnx", **{"said_input": OPEN, **form})
+    np.testing.assert_array_equal(DepthModel(path, (28, 20), "cpu").predict(images).metres, plain.metres)
+
+
+def test_model_with_open_channels_and_no_convolution(tmp_path, images):
+    maps = DepthModel(onnx_models.mean(tmp_path / "mean.onnx", OPEN), (28, 20), "cpu").predict(images)
+    np.testing.assert_allclose(maps.metres, images.mean(3) / 255, rtol=1e-5)
+
+
+def test_model_with_weights_in_a_file_beside_it(tmp_path, models, images):
+    import hashlib
+
+    path = onnx_models.external(tmp_path / "model.onnx")
+    model = DepthModel(path, (28, 20), "cpu")
+    expected = DepthModel(models / "blur.onnx", (28, 20), "cpu").predict(images)
+    np.testing.assert_array_equal(model.predict(images).metres, expected.metres)
+    both = path.read_bytes() + (tmp_path / "weights.data").read_bytes()
+    sha256 = model.describe()["sha256"]
+    assert sha256 == model.source.identity()["weights"] == hashlib.sha256(both).hexdigest()
+    (tmp_path / "cache").mkdir()  # links, as Hugging Face's cache has them
+    for name in ("model.onnx", "weights.data"):
+        (tmp_path / "cache" / name).symlink_to(tmp_path / name)
+    assert DepthModel(tmp_path / "cache" / "model.onnx", 32, "cpu").describe()["sha256"] == sha256
+    (tmp_path / "weights.data").write_bytes(np.full(28, 0.5, f32).tobytes())
+    other = DepthModel(path, (28, 20), "cpu")
+    assert other.describe()["sha256"] != sha256 and (other.predict(images).metres != expected.metres).any()
+
+
+def test_other_machines_get_all_files_of_weights(tmp_path, models):
+    from gpufgbg.scaleout.worker import Job, _depth_options
+
+    (tmp_path / "far").mkdir()
+    for path, names in (
+        (onnx_models.external(tmp_path / "far" / "model.onnx", "deep.data"), ["model.onnx", "deep.data"]),
+        (models / "blur.onnx", ["blur.onnx"]),
+    ):
+        expected = DepthModel(path, 32, "cpu").describe()
+        job = Job(None, None, "tar", tmp_path, 1, depth=DepthOptions(path)).carrying_weights()
+        assert list(job.weights) == names
+        with _depth_options(job) as depth:
+            assert depth.weights != str(path) and DepthModel(depth, 32, "cpu").describe() == expected
+    assert Job(None, None, "tar", tmp_path, 1, depth=DepthOptions("demo")).carrying_weights().weights is None
+
+
 def test_the_models_are_what_they_say(models):
     """The blur against plain NumPy: what else is compared with ONNX Runtime stands on this."""
     images = np.random.default_rng(1).random((2, 3, 9, 11), f32)
