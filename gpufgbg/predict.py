@@ -348,10 +348,13 @@ class _Index:
             The folder's maps are of another network, or another process is at it.
         """
         head = {**model.describe(), "frame": list(frame), "engine": model.engine.description}
+        there = dict(self._head or head)
+        if isinstance(there.get("engine"), dict) and "processor" not in there["engine"]:  # of an earlier version
+            there["engine"] = there["engine"] | {n: v for n, v in head["engine"].items() if n == "processor"}
         differences = [
-            f"{name} is {self._head.get(name)!r} there and {value!r} here"
-            for name, value in (head.items() if self._head else ())
-            if name != "weights" and self._head and self._head.get(name) != value  # a file may have any name
+            f"{name} is {there.get(name)!r} there and {value!r} here"
+            for name, value in head.items()
+            if name != "weights" and there.get(name) != value  # a file may have any name
         ]
         if differences:
             raise DatasetError(

@@ -34,6 +34,7 @@ from keras_densedepth import Layer, decoder_layers, encoder_layers, write_h5
 
 from gpufgbg import DepthModel, DepthOptions, DeviceError, GpufgbgWarning, InputError, OptionError
 from gpufgbg.backends import cuda
+from gpufgbg.compositor import default_workers
 from gpufgbg.depth import engine_tensorrt
 from gpufgbg.depth.engine_tensorrt import OutOfMemory, TensorRTEngine
 
@@ -437,9 +438,15 @@ def test_no_tensorrt_on_a_card(a_card, refused, arguments, model, pictures, devi
 
 def test_onnxruntime_works_on_a_card_without_tensorrt(a_card, model):
     images = np.random.default_rng(0).integers(0, 256, (3, 24, 32, 3), np.uint8)
-    here = DepthModel(model, (32, 24), "cpu").predict(images)
-    there = DepthModel(DepthOptions(model, backend="onnxruntime"), (32, 24), "cuda")
+    alone = DepthModel(model, (32, 24), "cpu")
+    here = alone.predict(images)
+    told: list[str] = []
+    there = DepthModel(DepthOptions(model, backend="onnxruntime"), (32, 24), "cuda", tell=told.append)
     assert there.device == "cuda:0"
+    assert told == ["the depth network runs on the CPU, on all cores: for the card, install onnxruntime-gpu"]
+    assert there.engine.description == alone.engine.description
+    threads = [depth.engine._session.get_session_options().intra_op_num_threads for depth in (alone, there)]
+    assert threads == [1, default_workers()]
     maps = there.predict(images)
     np.testing.assert_array_equal(maps.grey, here.grey)
     np.testing.assert_array_equal(maps.range, here.range)

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import tarfile
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import oracle
+import pages
 import pytest
 from conftest import smooth, start
 from PIL import Image
@@ -46,6 +48,8 @@ from gpufgbg import (
     predict_folder,
     prepare,
 )
+from gpufgbg.depth import engine_onnxruntime
+from gpufgbg.depth.engine_onnxruntime import processor
 from gpufgbg.depth.processing import NORMALISATIONS
 from gpufgbg.layout import KINDS, TAR_SUFFIXES
 from gpufgbg.manifest import Manifest
@@ -96,6 +100,13 @@ def expected_depth(
     file = io.BytesIO()
     Image.fromarray(grey).save(file, "JPEG")
     return Expected(grey, file.getvalue(), float(d.min() * f32(scale)), float(d.max() * f32(scale)), d * f32(scale))
+
+
+def formulas() -> list[str]:
+    """What README and the page of depth maps say that metres are."""
+    texts = [path.read_text() for path in (pages.README, pages.ROOT / "docs" / "depth.md")]
+    found = [re.search(r"metres = (.*depth_max.*?)`?$", text, re.MULTILINE)[1] for text in texts]
+    return [re.sub(r"row\[\"(\w+)\"\]", r"\1", formula) for formula in found]
 
 
 def decoded(data: bytes) -> np.ndarray:
@@ -181,7 +192,7 @@ def short_shards(monkeypatch):
 def engine(batch: int = 1, precision: str = "fp32") -> dict:
     return {
         "backend": "onnxruntime", "version": onnxruntime.__version__, "provider": "CPUExecutionProvider",
-        "precision": precision, "batch": batch,
+        "processor": processor(), "precision": precision, "batch": batch,
     }  # fmt: skip
 
 
@@ -213,9 +224,10 @@ def test_depth_maps_equal_a_plain_computation(make, models, tmp_path, sink, mode
         assert files[f"fg_bg_depth/{path}"] == expected.file
         assert (near, far) == (expected.near, expected.far)
         assert decoded(files[f"fg_bg_depth/{path}"]).shape == (recipe.height, recipe.width)
-        # The formula of README: metres from grey levels, half a level off at most but for what JPEG does to them
-        back = near + (expected.grey + 0.5) / 256 * (far - near)
-        assert np.abs(back - expected.metres).max() <= (far - near) / 512 * 1.001
+        # README's and the page's formula: half a level off at most but for what JPEG does to the levels
+        for formula in formulas():
+            back = eval(formula, {"grey": expected.grey, "depth_min": near, "depth_max": far})
+            assert np.abs(back - expected.metres).max() <= (far - near) / 512 * 1.001
         levels = decoded(files[f"fg_bg_depth/{path}"]).astype(float)
         assert np.abs(near + (levels + 0.5) / 256 * (far - near) - expected.metres).mean() < 4 / 256 * (far - near)
         greys.append(expected.grey)
@@ -1050,6 +1062,49 @@ def test_folder_refusals(refused, run, models, tmp_path):
     ):
         (out / "depth.jsonl").write_bytes(spoiled.encode("latin-1"))
         assert f"--out {out / 'depth.jsonl'}: damaged or not ours" in refused(*command, out=out), spoiled
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "expected"),
+    [
+        ("x86_64", {"sse2", "avx", "avx2", "avx512f"}, "x86_64 avx512"),
+        ("x86_64", {"sse2", "avx", "avx2"}, "x86_64 avx2"),
+        ("x86_64", {"sse2"}, "x86_64 sse"),
+        ("aarch64", {"neon", "fullfp16"}, "aarch64 neon fp16"),
+        ("riscv64", set(), "riscv64"),
+    ],
+)
+def test_the_processor_is_told_by_its_instructions(monkeypatch, machine, features, expected):
+    from llvmlite import binding
+
+    known = {"sse2", "avx", "avx2", "avx512f", "neon", "fullfp16"}
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {name: name in features for name in known})
+    monkeypatch.setattr(engine_onnxruntime.platform, "machine", lambda: machine)
+    assert processor.__wrapped__() == expected
+
+
+def test_another_processor_is_another_engine(make, predict, models, tmp_path, monkeypatch):
+    """Its depth files differ: a folder of maps refuses it, dataset.json lists it; an entry of old tells of none."""
+    write_pictures(tmp_path / "pictures")
+    predict("maps")
+    make("out", samples=(0, 6))
+    monkeypatch.setattr(engine_onnxruntime, "processor", lambda: "x86_64 none")
+    with pytest.raises(DatasetError, match=r"'processor': '.*'.* there and \{.*'processor': 'x86_64 none'.* here"):
+        predict("maps")
+    make("out")
+    content = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert content["depth"]["engines"] == [engine(), engine() | {"processor": "x86_64 none"}] and content["complete"]
+    index = tmp_path / "maps" / "depth.jsonl"
+    head, _, rest = index.read_text().partition("\n")
+    head = json.loads(head)
+    del head["engine"]["processor"]
+    index.write_text(json.dumps(head) + "\n" + rest)
+    (tmp_path / "maps" / "a.jpg").unlink()
+    assert predict("maps").predicted == 1
+    del head["engine"]["batch"]
+    index.write_text(json.dumps(head) + "\n" + rest)
+    with pytest.raises(DatasetError, match="another engine"):
+        predict("maps")
 
 
 def test_folder_that_another_process_is_at(predict, tmp_path, monkeypatch):

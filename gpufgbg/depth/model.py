@@ -110,7 +110,10 @@ class DepthModel:
         if options.backend == "onnxruntime" or self.index is None:
             from gpufgbg.depth.engine_onnxruntime import OnnxRuntimeEngine
 
-            return OnnxRuntimeEngine(self.source, options.precision, batch, self.index)
+            runtime = OnnxRuntimeEngine(self.source, options.precision, batch, self.index)
+            if runtime.on_cpu and self.index is not None and tell:
+                tell("the depth network runs on the CPU, on all cores: for the card, install onnxruntime-gpu")
+            return runtime
         import cupy
 
         from gpufgbg.depth.engine_tensorrt import BATCH, OutOfMemory, TensorRTEngine
