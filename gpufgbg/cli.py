@@ -357,7 +357,7 @@ def _add_depth(parser: argparse.ArgumentParser, name: str, what: str) -> None:
         "--depth-size",
         type=_size,
         metavar="N|WxH",
-        help="the network's input (default: twice the frame, or the file's)",
+        help="the network's input (default: twice the frame, or the file's; for a folder of pictures 640 at most)",
     )
     parser.add_argument(
         "--depth-batch", type=_number, metavar="N", help="pictures an inference (default: 64 on a card)"

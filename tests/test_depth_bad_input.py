@@ -171,6 +171,16 @@ def test_any_frame_with_a_size_that_fits(run, arguments, h5_file, tmp_path):
         assert depth.size == (70, 50)
 
 
+def test_densedepth_of_a_photo_is_bounded(run, h5_file, tmp_path, monkeypatch):
+    """Twice the picture's size, as for a frame, would take minutes and gigabytes of a large one."""
+    monkeypatch.setattr("gpufgbg.predict.LONGEST", 64)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.zeros((60, 100, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
+    code, _, error = run("depth", tmp_path / "photos", f"--weights={h5_file}", "--device=cpu")
+    line = "the depth network's input is 64x32 instead of the first picture's 192x128: --depth-size for another"
+    assert code == 0 and f"gpufgbg: {line}" in error.splitlines()
+
+
 # -- ONNX -----------------------------------------------------------------------------------------------
 
 

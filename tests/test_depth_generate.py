@@ -1034,6 +1034,9 @@ def test_folder_refusals(refused, run, models, tmp_path):
     (tmp_path / "others" / "deep" / "palette.png").rename(tmp_path / "others" / "deep" / "palette2.png")
     error = refused("depth", tmp_path / "others", *blur, "--out", out, out=out)
     assert "holds depth maps of other pictures, for example of deep/palette.png, which is not in" in error
+    assert error.endswith(
+        "remove their maps there to go on without them (deep/palette.jpg), or choose another folder"
+    )
     assert run("depth", folder, *blur, "--out", out, "--json")[0] == 0
     # what it says: a map is made again once it is removed
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "deep" / "palette.png")
@@ -1105,6 +1108,84 @@ def test_another_processor_is_another_engine(make, predict, models, tmp_path, mo
     index.write_text(json.dumps(head) + "\n" + rest)
     with pytest.raises(DatasetError, match="another engine"):
         predict("maps")
+
+
+def test_folder_goes_on_without_pictures_whose_maps_are_removed(run, models, tmp_path):
+    """What the refusal says: nothing of them is left, nor are other maps made again."""
+    folder = tmp_path / "pictures"
+    write_pictures(folder)
+    command = ("depth", folder, "--weights", models / "blur.onnx", "--device=cpu")
+    assert run(*command)[0] == 0
+    out = tmp_path / "pictures_depth"
+    gone = sorted(index_of(out))[:5]
+    files = [index_of(out)[name]["file"] for name in gone]
+    for name in gone:
+        (folder / name).unlink()
+    error = run(*command)[2]
+    assert f"({', '.join(files[:3])} and 2 more), or choose another folder" in error
+    for file in files:
+        (out / file).unlink()
+    assert run(*command)[1].startswith("0 depth maps in ")
+    assert len(index_of(out)) == 2 and not index_of(out).keys() & set(gone)
+
+
+def test_folder_leaves_out_maps_of_earlier_runs(predict, tmp_path):
+    """Wherever they lie below; and of a tree of the original's layout it still takes fg_bg/."""
+    write_pictures(tmp_path / "all" / "pictures")
+    predict("all/pictures_depth", folder="all/pictures")
+    predict("all/pictures/deep/maps", folder="all/pictures/deep")
+    assert predict("maps", folder="all").pictures == 7
+    assert {name.partition("/")[0] for name in index_of(tmp_path / "maps")} == {"pictures"}
+    for kind in ("fg_bg", "fg_bg_masks"):
+        (tmp_path / "tree" / kind / "bg_00").mkdir(parents=True)
+        Image.fromarray(smooth(np.random.default_rng(1), 20, 30, 3)).save(
+            tmp_path / "tree" / kind / "bg_00" / "a.jpg"
+        )
+    report = predict(None, folder="tree")
+    assert (report.out, report.pictures) == (tmp_path / "tree" / "fg_bg_depth", 1)
+    assert predict(None, folder="tree").predicted == 0
+
+
+SIDES = [((1000, 600), (640, 384)), ((600, 1000), (384, 640)), ((640, 480), (640, 480)), ((4000, 10), (640, 32))]
+
+
+@pytest.mark.parametrize(("picture", "expected"), SIDES, ids=str)
+def test_folder_of_photos_bounds_the_input(run, models, tmp_path, picture, expected):
+    (tmp_path / "photos").mkdir()
+    image = smooth(np.random.default_rng(2), *picture, 3)
+    Image.fromarray(image).save(tmp_path / "photos" / "a.png")
+    command = ("depth", tmp_path / "photos", "--weights", models / "blur.onnx", "--device=cpu")
+    asked = "x".join(str(max(16, round(side / 16) * 16)) for side in picture)
+    size = "x".join(map(str, expected))
+    line = f"the depth network's input is {size} instead of the first picture's {asked}: --depth-size for another"
+    told = [] if picture == expected else [f"gpufgbg: {line}"]
+    for made in (1, 0):
+        code, printed, error = run(*command)
+        assert code == 0 and printed.startswith(f"{made} depth maps"), error
+        assert [found for found in error.splitlines() if "input is" in found] == told
+    out = tmp_path / "photos_depth"
+    head = json.loads((out / "depth.jsonl").read_text().partition("\n")[0])
+    assert tuple(head["size"]) == expected
+    assert (out / "a.jpg").read_bytes() == expected_depth(image, models / "blur.onnx", size=expected).file
+    assert "input is" not in run(*command, "--depth-size=704", "--out", tmp_path / "own")[2]
+    assert json.loads((tmp_path / "own" / "depth.jsonl").read_text().partition("\n")[0])["size"] == [704, 704]
+
+
+def test_folder_begun_without_the_bound_goes_on(run, models, tmp_path, monkeypatch):
+    """By an earlier version, whose input was as large as the first picture."""
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        Image.fromarray(smooth(np.random.default_rng(2), 700, 40, 3)).save(tmp_path / "photos" / f"{name}.png")
+    command = ("depth", tmp_path / "photos", "--weights", models / "blur.onnx", "--device=cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("gpufgbg.predict.LONGEST", 16384)
+        assert run(*command)[0] == 0
+    out = tmp_path / "photos_depth"
+    whole = oracle.tree_of(out)
+    (out / "b.jpg").unlink()
+    code, printed, error = run(*command)
+    assert code == 0 and printed.startswith("1 depth maps") and "input is" not in error
+    assert oracle.tree_of(out) == whole
 
 
 def test_folder_that_another_process_is_at(predict, tmp_path, monkeypatch):

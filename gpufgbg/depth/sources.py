@@ -40,6 +40,8 @@ class NetworkSource(Protocol):
         Of the file; where an ONNX model keeps its weights in other files, of all of them, one after the other.
     size : (int, int)
         Width and height of the input.
+    asked : (int, int)
+        What they would be without a bound: see `open_source`.
     channels_last : bool
         The input is (N, H, W, 3) instead of (N, 3, H, W).
     range, meaning : str
@@ -53,6 +55,7 @@ class NetworkSource(Protocol):
     name: str
     sha256: str
     size: tuple[int, int]
+    asked: tuple[int, int]
     channels_last: bool
     range: str
     meaning: str
@@ -69,8 +72,11 @@ class NetworkSource(Protocol):
         """Whether all tensors of ``graph`` have the precision's own type, so that an engine has no choice."""
 
 
-def open_source(options: DepthOptions, frame: tuple[int, int]) -> NetworkSource:
+def open_source(options: DepthOptions, frame: tuple[int, int], longest: int | None = None) -> NetworkSource:
     """The network that the options name, for frames of this (width, height).
+
+    Where neither options nor file say how large the input is, it follows from the frame; ``longest`` is then the most
+    that its longer side may have, a multiple of 32.
 
     Raises
     ------
@@ -83,7 +89,7 @@ def open_source(options: DepthOptions, frame: tuple[int, int]) -> NetworkSource:
     """
     if options.weights == DEMO:
         path = Path(str(resources.files("gpufgbg") / "depth" / "demo.onnx"))
-        return OnnxModel(path, options, frame, DEMO)
+        return OnnxModel(path, options, frame, DEMO, longest)
     path = Path(options.weights)
     try:
         with path.open("rb") as file:
@@ -94,8 +100,8 @@ def open_source(options: DepthOptions, frame: tuple[int, int]) -> NetworkSource:
             f"--depth {printable(path)}: can't be read: {printable(reason)}: expected a file of weights or {DEMO!r}"
         ) from None
     if _is_onnx(path, head):
-        return OnnxModel(path, options, frame, path.name)
-    return DenseDepth(path, options, frame)
+        return OnnxModel(path, options, frame, path.name, longest)
+    return DenseDepth(path, options, frame, longest)
 
 
 class DenseDepth:
@@ -104,7 +110,7 @@ class DenseDepth:
     channels_last = False
     batch: int | None = None
 
-    def __init__(self, path: Path, options: DepthOptions, frame: tuple[int, int]) -> None:
+    def __init__(self, path: Path, options: DepthOptions, frame: tuple[int, int], longest: int | None = None) -> None:
         from gpufgbg.depth.weights import read_weights
 
         for name, fixed in (("range", "unit"), ("meaning", "inverse")):
@@ -113,7 +119,8 @@ class DenseDepth:
                     f"depth_{name}",
                     f"got {getattr(options, name)!r}: DenseDepth's is {fixed}; the option is for models in ONNX",
                 )
-        width, height = options.size or (2 * frame[0], 2 * frame[1])
+        self.asked = options.size or (2 * frame[0], 2 * frame[1])
+        width, height = options.size or _bounded(self.asked, longest)
         if width % network.MULTIPLE or height % network.MULTIPLE:
             default = "" if options.size else f" (twice the frame of {frame[0]}x{frame[1]})"
             raise OptionError(
@@ -148,6 +155,14 @@ class DenseDepth:
         return True
 
 
+def _bounded(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
+    """About the same shape, its longer side ``longest`` and both multiples of 32; as it is where it is not larger."""
+    if longest is None or max(size) <= longest:
+        return size
+    width, height = (max(1, round(side * longest / max(size) / network.MULTIPLE)) * network.MULTIPLE for side in size)
+    return width, height
+
+
 def _round_up(side: int) -> int:
     return -(-side // network.MULTIPLE) * network.MULTIPLE
 
@@ -164,7 +179,9 @@ class _Tensor:
 class OnnxModel:
     """A monocular model in ONNX: one picture in, one map out."""
 
-    def __init__(self, path: Path, options: DepthOptions, frame: tuple[int, int], name: str) -> None:
+    def __init__(
+        self, path: Path, options: DepthOptions, frame: tuple[int, int], name: str, longest: int | None = None
+    ) -> None:
         self.path = path
         self.name = name
         if options.upsampling != "half-pixel":
@@ -184,7 +201,8 @@ class OnnxModel:
         self._check_output(output)
         self._check()
         self.batch = batch
-        self.size = self._size(options, frame, width, height)
+        self.asked = self._size(options, frame, width, height)
+        self.size = self._size(options, _bounded(frame, longest), width, height)
         metadata = {entry.key: entry.value for entry in self._model.metadata_props}
         self.range = options.range or self._known(metadata, "range", RANGES, "unit")
         self.meaning = options.meaning or self._known(metadata, "meaning", MEANINGS, "metres")
