@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -385,6 +386,22 @@ def test_not_a_number(run, arguments, tmp_path):
     assert "values of the prediction for picture " in line and "are no numbers: the weights are damaged" in line
 
 
+def test_what_helps_where_fp16_gives_no_numbers(tensorrt, model, h5_file, tmp_path):
+    """A file's own fp16 is the same with --depth-precision fp32, which ONNX Runtime refuses for it."""
+
+    def hint(weights: Path, device: str, **options: Any) -> str:
+        made = DepthModel(DepthOptions(weights, **options), (32, 32), device)
+        with pytest.raises(InputError) as caught:
+            made.check(np.array([0, 3], np.int32))
+        return str(caught.value).partition("not meant for these options")[2]
+
+    half = onnx_models.blur(tmp_path / "half.onnx", dtype="float16")
+    assert hint(half, "cpu") == hint(half, "cuda") == ", or too large for fp16: export it in fp32"
+    assert hint(model, "cuda") == ", or too large for fp16: try --depth-precision fp32"
+    assert hint(h5_file, "cpu", precision="fp16") == ", or too large for fp16: try --depth-precision fp32"
+    assert hint(model, "cpu") == hint(h5_file, "cpu") == ""
+
+
 @pytest.mark.parametrize("meaning", ["metres", "inverse"])
 def test_a_flat_prediction_is_grey_0(run, arguments, tmp_path, meaning):
     import pyarrow.parquet as pq
@@ -510,6 +527,8 @@ class Fake:
         module.Builder = self.builder
         module.OnnxParser.return_value.parse = self.parse
         self.parses = True
+        self.read_times: Callable[[bytes], object] = lambda data: object()
+        self.take_times: Callable[[object], bool] = lambda cache: True
 
     def load(self, plan: bytes) -> bytes | None:
         return plan if plan.startswith(b"engine") else None
@@ -532,7 +551,16 @@ class Fake:
 
         made = MagicMock()
         made.build_serialized_network = build
-        made.create_builder_config.return_value.get_timing_cache.return_value.serialize.return_value = b"times"
+        config = made.create_builder_config.return_value
+        config.get_timing_cache.return_value.serialize.return_value = b"times"
+        config.create_timing_cache = self.read_times
+
+        def take(cache: object, ignore_mismatch: bool) -> bool:
+            if cache is None:
+                raise TypeError("set_timing_cache(): incompatible function arguments")
+            return self.take_times(cache)
+
+        config.set_timing_cache = take
         return made
 
 
@@ -758,6 +786,53 @@ def test_networks_that_tensorrt_can_not_run(tensorrt, model):
         error.node.return_value = node
         with pytest.raises(InputError, match=rf"^--depth model.onnx: TensorRT can't import it: {said}$"):
             load(model)
+
+
+@pytest.mark.parametrize("why", ["damaged", "of another card", "none at all"])
+def test_times_that_are_of_no_use_are_replaced(tensorrt, model, tmp_path, why):
+    load(model)
+    (path,) = (tmp_path / "cache").glob("*.timing")
+    assert path.read_bytes() == b"times"
+    path.write_bytes(b"old")
+    read: list[bytes] = []
+
+    def times(data: bytes) -> object:
+        read.append(data)
+        return None if (data and why == "damaged") or why == "none at all" else data or b"new"
+
+    tensorrt.read_times = times
+    tensorrt.take_times = lambda cache: cache == b"new"
+    assert load(model, batch=3).engine.built
+    assert read == [b"old", b""] and path.read_bytes() == (b"old" if why == "none at all" else b"times")
+
+
+def test_a_context_may_need_no_memory():
+    assert engine_tensorrt._context_bytes(SimpleNamespace(device_memory_size=7)) == 7
+    assert engine_tensorrt._context_bytes(SimpleNamespace(device_memory_size=7, device_memory_size_v2=9)) == 9
+    assert engine_tensorrt._context_bytes(SimpleNamespace(device_memory_size_v2=0)) == 0
+
+
+def test_tensorrt_that_picks_no_types(tensorrt, model, h5_file, tmp_path):
+    """TensorRT 11: an ONNX file's types are the engine's, and what is told of it."""
+    tensorrt.module.__version__ = "11.0.0"
+    told: list[str] = []
+    half = onnx_models.blur(tmp_path / "half.onnx", dtype="float16")
+    assert load(model, told.append).engine.description["precision"] == "fp16"
+    del tensorrt.module.BuilderFlag.FP16
+    for weights, precision in ((model, "fp32"), (half, "fp16"), (h5_file, "fp16")):
+        shutil.rmtree(tmp_path / "cache")
+        assert load(weights, told.append).engine.description["precision"] == precision
+        assert json.loads(engine_file(tmp_path).read_bytes().partition(b"\n")[0])["precision"] == precision
+    assert [line for line in told if "fp32" in line] == [
+        "the depth engine is fp32, as model.onnx is, which TensorRT 11.0.0 keeps: one in fp16 is faster"
+    ]
+    assert load(model, precision="fp32").engine.description["precision"] == "fp32"
+    assert load(h5_file, precision="fp32").engine.description["precision"] == "fp32"
+    with pytest.raises(OptionError) as caught:
+        load(model, precision="fp16")
+    assert str(caught.value) == (
+        "depth_precision: got fp16, model.onnx is fp32, which TensorRT 11.0.0 keeps: leave it out"
+    )
 
 
 @pytest.mark.parametrize("version", ["8.5.3", "7.2.0", "8.6.1.post1", "10.0.0b6", "11.1"])

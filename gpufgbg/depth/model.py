@@ -122,7 +122,7 @@ class DepthModel:
         with cupy.cuda.Device(self.index):
             while True:
                 try:
-                    return TensorRTEngine(self.source, options.precision or "fp16", tried, tell)
+                    return TensorRTEngine(self.source, options.precision, tried, tell)
                 except OutOfMemory:
                     cupy.get_default_memory_pool().free_all_blocks()
                     if tried == 1 or batch or fixed:
@@ -272,10 +272,13 @@ class DepthModel:
         if len(bad):
             index = first + int(bad[0])
             name = f"picture {index}" if names is None else printable(names[index])
+            hint = ""
+            if self._half:
+                known = self.source.precision == "fp16"  # the file's, which no option changes everywhere
+                hint = f", or too large for fp16: {'export it in fp32' if known else 'try --depth-precision fp32'}"
             raise InputError(
                 f"--depth {printable(self.source.name)}: {int(counts[bad[0]])} values of the prediction for {name} "
-                "are no numbers: the weights are damaged, or not meant for these options"
-                + (", or too large for fp16: try --depth-precision fp32" if self._half else "")
+                f"are no numbers: the weights are damaged, or not meant for these options{hint}"
             )
 
     def warn_clipped(self, ranges: Any) -> None:

@@ -50,6 +50,8 @@ class NetworkSource(Protocol):
         Metres of one unit of depth.
     batch : int or None
         Pictures of one inference where the file fixes them.
+    precision : {"fp16", "fp32"} or None
+        Of the file; None where `graph` can be of either.
     """
 
     name: str
@@ -61,6 +63,7 @@ class NetworkSource(Protocol):
     meaning: str
     scale: float
     batch: int | None
+    precision: str | None
 
     def graph(self, batch: int, precision: str) -> onnx.ModelProto:
         """The network for a batch, input and output shapes fixed where the file allows it."""
@@ -109,6 +112,7 @@ class DenseDepth:
 
     channels_last = False
     batch: int | None = None
+    precision: str | None = None
 
     def __init__(self, path: Path, options: DepthOptions, frame: tuple[int, int], longest: int | None = None) -> None:
         from gpufgbg.depth.weights import read_weights
@@ -201,6 +205,7 @@ class OnnxModel:
         self._check_output(output)
         self._check()
         self.batch = batch
+        self.precision: str | None = "fp16" if input_type(self._model) == np.float16 else "fp32"
         self.asked = self._size(options, frame, width, height)
         self.size = self._size(options, _bounded(frame, longest), width, height)
         metadata = {entry.key: entry.value for entry in self._model.metadata_props}
