@@ -15,7 +15,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import oracle
@@ -1344,6 +1344,44 @@ def test_model_of_other_shapes(models, images):
 def test_model_refuses_other_arrays(models, wrong):
     with pytest.raises(InputError, match=r"^images: got .*, expected uint8 \(N, H, W, 3\)$"):
         DepthModel(models / "blur.onnx", 32, "cpu").predict(wrong)
+
+
+class OnlyDlpack:
+    """An array of another library in host memory."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+
+def test_model_takes_dlpack_and_lists(models, images):
+    model = DepthModel(models / "blur.onnx", (28, 20), "cpu", 2)
+    expected = model.predict(images)
+    for given in (OnlyDlpack(images), list(images)):
+        np.testing.assert_array_equal(model.predict(given).metres, expected.metres)
+
+
+def test_model_refuses_pictures_of_several_sizes_and_memory_of_a_card(models, images):
+    model = DepthModel(models / "blur.onnx", (28, 20), "cpu")
+    with pytest.raises(InputError) as caught:
+        model.predict([images[0], images[1, :9], images[2]])
+    assert str(caught.value) == (
+        "images: got pictures of 2 shapes, (9, 28, 3) and (20, 28, 3) among them, expected one: "
+        "DepthModel.predict_each takes any"
+    )
+    with pytest.raises(InputError, match=r"^images: .*, expected uint8 \(N, H, W, 3\)$"):
+        model.predict([[[1, 2, 3]], [[1, 2]]])
+
+    class OnACard:
+        __cuda_array_interface__: ClassVar[dict] = {}
+
+    with pytest.raises(InputError, match=r"^images: got an array in a card's memory, expected one in host memory"):
+        model.predict(OnACard())
 
 
 @pytest.mark.parametrize(

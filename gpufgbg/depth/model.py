@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.backends import check_device, why_cpu
+from gpufgbg.backends.cuda import as_array, is_on_card
 from gpufgbg.compositor import check_workers
 from gpufgbg.depth.options import DepthOptions
 from gpufgbg.depth.processing import NORMALISATIONS, Maps, are_clipped, postprocess, preprocess
@@ -147,9 +148,10 @@ class DepthModel:
         Parameters
         ----------
         images : (N, H, W, 3) uint8
-            RGB. On a card: a CuPy array, or any object with ``__cuda_array_interface__`` or DLPack, is taken without
-            a copy where it is contiguous; NumPy arrays are copied to the card. Runs on CuPy's current stream and
-            waits for it once, to look for values that are no numbers.
+            RGB: a NumPy array, an object with DLPack, or a list of pictures of one size. On a card: a CuPy array, or
+            any object with ``__cuda_array_interface__`` or DLPack, is taken without a copy where it is contiguous;
+            arrays in host memory are copied to the card. Runs on CuPy's current stream and waits for it once, to look
+            for values that are no numbers.
         metres : bool
             Give float metres too, not grey levels alone.
 
@@ -160,10 +162,15 @@ class DepthModel:
         Raises
         ------
         InputError
-            Another shape or dtype, or the network gives values that are no numbers.
+            Another shape or dtype, pictures of several sizes, images in a card's memory for a model on the CPU, or
+            the network gives values that are no numbers.
         """
         if self.index is None:
-            pictures = _checked(np.asarray(images))
+            if is_on_card(images):
+                raise InputError(
+                    "images: got an array in a card's memory, expected one in host memory: device is cpu"
+                )
+            pictures = _checked(_one_array(images))
             if self.workers > 1 and len(pictures) > 1:
                 step = max(self.batch, -(-len(pictures) // self.workers))
                 cuts = [pictures[at : at + step] for at in range(0, len(pictures), step)]
@@ -175,10 +182,8 @@ class DepthModel:
         else:
             import cupy
 
-            from gpufgbg.backends.cuda import as_array
-
             with cupy.cuda.Device(self.index):
-                pictures = _checked(cupy.asarray(as_array(images)))
+                pictures = _checked(cupy.asarray(_one_array(images)))
                 maps = self.maps(cupy.ascontiguousarray(pictures), metres)
         self.check(maps.faults)
         self.warn_clipped(maps.range)
@@ -351,6 +356,20 @@ def describe(options: DepthOptions, source: NetworkSource) -> dict[str, Any]:
         "meaning": source.meaning,
         "scale": source.scale,
     }
+
+
+def _one_array(images: Any) -> Any:
+    """Images of any kind as one array of NumPy or CuPy; `InputError` where they are of several shapes."""
+    try:
+        return as_array(images)
+    except (ValueError, TypeError, BufferError) as error:  # ValueError: NumPy's for lists of several lengths
+        shapes = sorted({np.shape(image) for image in images if hasattr(image, "shape")})
+        if len(shapes) < 2:
+            raise InputError(f"images: {printable(error)}, expected uint8 (N, H, W, 3)") from None
+        raise InputError(
+            f"images: got pictures of {len(shapes)} shapes, {shapes[0]} and {shapes[1]} among them, expected one: "
+            "DepthModel.predict_each takes any"
+        ) from None
 
 
 def _checked(images: Any) -> Any:
