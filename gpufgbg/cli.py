@@ -357,7 +357,7 @@ def _add_depth(parser: argparse.ArgumentParser, name: str, what: str) -> None:
         "--depth-size",
         type=_size,
         metavar="N|WxH",
-        help="the network's input (default: twice the frame, or the file's)",
+        help="the network's input (default: twice the frame, or the file's; for a folder of pictures 640 at most)",
     )
     parser.add_argument(
         "--depth-batch", type=_number, metavar="N", help="pictures an inference (default: 64 on a card)"
@@ -372,7 +372,9 @@ def _add_depth(parser: argparse.ArgumentParser, name: str, what: str) -> None:
         "--depth-range", choices=RANGES, help="values that an ONNX model takes (default: unit, 0 to 1)"
     )
     parser.add_argument(
-        "--depth-meaning", choices=MEANINGS, help="what an ONNX model gives (default: what it says, or metres)"
+        "--depth-meaning",
+        choices=MEANINGS,
+        help="what an ONNX model gives: disparity for MiDaS, DPT, Depth Anything (default: what it says, or metres)",
     )
     parser.add_argument(
         "--depth-scale",

@@ -186,6 +186,7 @@ class _DepthOfBatch:
         maps = self.depth.maps(pictures)
         indices = [self.first + n for n in part]
         self.depth.check(maps.faults, names=[f"picture {index}" for index in indices])
+        self.depth.warn_clipped(maps.range)
         files = encode_jpeg(maps.grey, *DEPTH_JPEG)
         return [
             KeptDepth(index, file, (float(near), float(far)), count(grey[None]))

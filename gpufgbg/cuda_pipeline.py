@@ -292,6 +292,7 @@ class _Filler:
             batch.offsets["depth"] = ends.get()
             batch.depth_ranges = batch.maps.range.get()
             pipeline.depth.check(batch.maps.faults, batch.span.start)
+            pipeline.depth.warn_clipped(batch.depth_ranges)
             batch.event = self.finish.record()
 
     def _hand_to_writer(self, batch: _Batch) -> None:

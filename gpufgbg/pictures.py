@@ -11,7 +11,7 @@ import stat
 import threading
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,20 +166,20 @@ def list_pictures(folder: str | os.PathLike[str], option: str) -> tuple[list[Pat
     return paths, notes
 
 
-def walk_pictures(root: Path, problems: list[str], without: Path | None = None) -> Iterator[Path]:
-    """The pictures in a folder and below it, in a fixed order, but for hidden ones and those in ``without``.
+def walk_pictures(root: Path, problems: list[str], without: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """The pictures in a folder and below it, in a fixed order, but for hidden ones.
 
-    What can't be read, or is no file, is added to ``problems``, a line each.
+    Folders below for which ``without`` is true are left out. What can't be read, or is no file, is added to
+    ``problems``, a line each.
     """
 
     def refused(error: OSError) -> None:
         problems.append(f"{printable(error.filename or root)}: can't be read: {error.strerror}")
 
-    left_out = None if without is None else without.resolve()
     for parent, folders, names in os.walk(root, onerror=refused):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if left_out is not None:
-            folders[:] = [name for name in folders if Path(parent, name).resolve() != left_out]
+        if without is not None:
+            folders[:] = [name for name in folders if not without(Path(parent, name))]
         for name in sorted(names):
             path = Path(parent, name)
             if path.suffix.lower() not in FORMATS or name.startswith("."):

@@ -21,8 +21,9 @@ from filelock import FileLock, Timeout
 from gpufgbg.backends import check_device
 from gpufgbg.backends.cpu import encode_jpeg
 from gpufgbg.compositor import check_workers
-from gpufgbg.depth.model import DepthModel
+from gpufgbg.depth.model import DepthModel, resolve
 from gpufgbg.depth.options import DEPTH_JPEG, DepthOptions
+from gpufgbg.depth.sources import open_source
 from gpufgbg.exceptions import DatasetError, DeviceError, InputError, Interrupted, OptionError, printable
 from gpufgbg.files import remove_tree, storage_errors, sync_file_system, write_atomic
 from gpufgbg.layout import KINDS
@@ -33,6 +34,7 @@ from gpufgbg.urls import local_path
 __all__ = ["FolderReport", "build_engine", "predict_folder"]
 
 INDEX = "depth.jsonl"
+LONGEST = 640  # pixels, of a network's input that follows from the pictures: DenseDepth was trained with 640x480
 _STATE = ".depth"  # in the folder of maps while a run is at it: its lock, its unfinished file
 _AHEAD_BYTES = 256 << 20  # of decoded pictures, beside those that are worked on
 _COMMIT_EVERY_S = 1.0
@@ -74,7 +76,11 @@ def predict_folder(
     Each map has its picture's size and is a grey JPEG (quality 75) under the picture's path with the ending ``.jpg``
     (``photo.png`` beside ``photo.jpg`` becomes ``photo.png.jpg``). ``depth.jsonl`` in ``out`` says first what they
     were predicted with, then for each map: file, picture, sha256 (of the picture), width, height, depth_min,
-    depth_max. Of a folder with ``fg_bg/`` in it, as the original data set is laid out, composites alone are taken.
+    depth_max. Of a folder with ``fg_bg/`` in it, as the original data set is laid out, composites alone are taken. A
+    folder below that has a ``depth.jsonl`` holds maps, not pictures, and is left out.
+
+    Where neither options nor file say how large the network's input is, it follows from the first picture, with at
+    most 640 pixels a side.
 
     Parameters
     ----------
@@ -115,7 +121,10 @@ def predict_folder(
         root = composites
     target = _target(root, out)
     problems: list[str] = []
-    paths = list(walk_pictures(root, problems, without=target))
+    left_out = target.resolve()
+    paths = list(
+        walk_pictures(root, problems, without=lambda below: _holds_maps(below) or below.resolve() == left_out)
+    )
     if not paths:
         raise_all(problems)
         raise InputError(f"{printable(root)}: no pictures in it: expected {', '.join(sorted(FORMATS))}")
@@ -123,7 +132,14 @@ def predict_folder(
         index = _Index(target, root)
         index.check(paths, workers)
         frame = index.frame or _frame(paths)
-        model = DepthModel(options, frame, device, workers, tell)
+        resolve(options, device)
+        # What was begun with a larger input, by an option or an earlier version, does not go on with another.
+        source = open_source(options, frame, LONGEST if max(index.size) <= LONGEST else None)
+        if source.size != source.asked and tell:
+            size, asked = ("x".join(map(str, sides)) for sides in (source.size, source.asked))
+            line = f"the depth network's input is {size} instead of the first picture's {asked}"
+            tell(f"{line}: --depth-size for another")
+        model = DepthModel(options, frame, device, workers, tell, source)
         todo = [path for path in paths if path not in index.done]
         count = len(paths) - len(todo)
         with index.opened(model, frame), quiet_decoding:
@@ -263,6 +279,8 @@ class _Index:
     ----------
     frame : (int, int) or None
         What the network's input followed from when the maps were begun.
+    size : (int, int)
+        That input then; (0, 0) where none are begun.
     done : dict of Path to str
         The pictures that have maps, and their files.
     """
@@ -272,6 +290,7 @@ class _Index:
         self.root = root
         self.path = folder / INDEX
         self.frame: tuple[int, int] | None = None
+        self.size = (0, 0)
         self.done: dict[Path, str] = {}
         self._head: dict[str, Any] | None = None
         self._entries: dict[str, dict[str, Any]] = {}  # by picture
@@ -297,7 +316,8 @@ class _Index:
             self._entries = {entry["picture"]: entry for entry in entries if (self.folder / entry["file"]).is_file()}
             assert self._head is not None
             width, height = self._head["frame"]
-        except (ValueError, KeyError, TypeError, AssertionError):
+            self.size = (int(self._head["size"][0]), int(self._head["size"][1]))
+        except (ValueError, LookupError, TypeError, AssertionError):
             raise DatasetError(
                 f"--out {printable(self.path)}: damaged or not ours: remove the folder, or choose another"
             ) from None
@@ -309,9 +329,13 @@ class _Index:
         self.done = {path: entry["file"] for path, entry in known.items() if entry}
         gone = self._entries.keys() - {entry["picture"] for entry in known.values() if entry}
         if gone:
+            first = sorted(gone)[:3]
+            maps = ", ".join(printable(self._entries[picture]["file"]) for picture in first)
+            more = f" and {len(gone) - len(first):,} more" if len(gone) > len(first) else ""
             raise DatasetError(
                 f"--out {printable(self.folder)}: holds depth maps of other pictures, for example of "
-                f"{printable(min(gone))}, which is not in {printable(self.root)}: choose another folder"
+                f"{printable(first[0])}, which is not in {printable(self.root)}: remove their maps there to go on "
+                f"without them ({maps}{more}), or choose another folder"
             )
         with ThreadPoolExecutor(workers) as pool:
             sums = pool.map(_sum, self.done)
@@ -348,10 +372,13 @@ class _Index:
             The folder's maps are of another network, or another process is at it.
         """
         head = {**model.describe(), "frame": list(frame), "engine": model.engine.description}
+        there = dict(self._head or head)
+        if isinstance(there.get("engine"), dict) and "processor" not in there["engine"]:  # of an earlier version
+            there["engine"] = there["engine"] | {n: v for n, v in head["engine"].items() if n == "processor"}
         differences = [
-            f"{name} is {self._head.get(name)!r} there and {value!r} here"
-            for name, value in (head.items() if self._head else ())
-            if name != "weights" and self._head and self._head.get(name) != value  # a file may have any name
+            f"{name} is {there.get(name)!r} there and {value!r} here"
+            for name, value in head.items()
+            if name != "weights" and there.get(name) != value  # a file may have any name
         ]
         if differences:
             raise DatasetError(
@@ -414,6 +441,13 @@ class _Index:
             self._entries.update((line["picture"], line) for line in self._new)
             self._new = []
         self._committed = time.monotonic()
+
+
+def _holds_maps(folder: Path) -> bool:
+    try:
+        return (folder / INDEX).is_file()
+    except OSError:  # whoever reads the folder says so
+        return False
 
 
 def _is_free(folder: Path) -> bool:

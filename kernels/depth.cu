@@ -221,10 +221,13 @@ __device__ __forceinline__ void preprocess_interleaved(const uint8_t* images, co
 // -------------------------------------------------------------------------------------------------------------------
 // After the network
 
+// What a prediction p means: `meaning` of the entries.
+constexpr int32_t kInverse = 1, kDisparity = 2;
+
 // Depth of a prediction, not a number where the prediction is none that can be used.
-__device__ __forceinline__ float depth_of(float prediction, bool inverse) {
-    float depth = prediction;
-    if (inverse) {
+__device__ __forceinline__ float depth_of(float prediction, int32_t meaning) {
+    float depth = meaning == kDisparity ? -prediction : prediction;
+    if (meaning == kInverse) {
         const float distance = __fdiv_rn(1000.0f, prediction);
         const float near = distance < 10.0f ? 10.0f : distance;
         depth = __fdiv_rn(near > 1000.0f ? 1000.0f : near, 1000.0f);
@@ -235,7 +238,7 @@ __device__ __forceinline__ float depth_of(float prediction, bool inverse) {
 
 // A picture's depth, Pixels at a time: use(index of the first pixel, their depths).
 template <int Pixels, class T, class Use>
-__device__ __forceinline__ void each_depth(const T* prediction, const Axis& down, const Axis& across, bool inverse,
+__device__ __forceinline__ void each_depth(const T* prediction, const Axis& down, const Axis& across, int32_t meaning,
                                            const Use& use) {
     const int32_t count = down.size * across.size;
 #pragma unroll 2
@@ -243,7 +246,7 @@ __device__ __forceinline__ void each_depth(const T* prediction, const Axis& down
         const Vector<T, Pixels> value = *(const Vector<T, Pixels>*)(prediction + i);
         float depth[Pixels];
 #pragma unroll
-        for (int k = 0; k < Pixels; ++k) depth[k] = depth_of(decode(value.at[k]), inverse);
+        for (int k = 0; k < Pixels; ++k) depth[k] = depth_of(decode(value.at[k]), meaning);
         use(i, depth);
     }
 }
@@ -251,7 +254,7 @@ __device__ __forceinline__ void each_depth(const T* prediction, const Axis& down
 // The same of the resized picture. A pixel of weight 0 is not looked at, so that the same size gives the same.
 template <int Pixels, class T, class Use>
 __device__ __forceinline__ void each_resized_depth(const T* prediction, const Axis& down, const Axis& across,
-                                                   bool inverse, const Use& use) {
+                                                   int32_t meaning, const Use& use) {
     constexpr int kWarps = kPostThreads / kWarp;
     const int32_t lane = (int32_t)threadIdx.x % kWarp, warp = (int32_t)threadIdx.x / kWarp;
     const Position first = across.position(lane * Pixels);
@@ -274,7 +277,7 @@ __device__ __forceinline__ void each_resized_depth(const T* prediction, const Ax
             for (int k = 0; k < Pixels; ++k) {
                 float value = load(across.clamped(x.at));
                 if (x.rest) value = between(value, load(across.clamped(x.at + 1)), across.weight(x));
-                depth[k] = depth_of(value, inverse);
+                depth[k] = depth_of(value, meaning);
                 across.advance(x, one);
             }
             use(row * across.size + column, depth);
@@ -314,15 +317,15 @@ struct Maps {
 
 template <bool Resized, int Pixels, class T>
 __device__ __forceinline__ void postprocess_by(const T* predictions, const Axis& down, const Axis& across,
-                                               bool inverse, float scale, const Maps& maps) {
+                                               int32_t meaning, float scale, const Maps& maps) {
     const int64_t n = blockIdx.x;
     const int32_t source = down.source * across.source;
     const T* prediction = predictions + n * source;
     const auto each = [&](const auto& use) {
         if constexpr (Resized)
-            each_resized_depth<Pixels>(prediction, down, across, inverse, use);
+            each_resized_depth<Pixels>(prediction, down, across, meaning, use);
         else
-            each_depth<Pixels>(prediction, down, across, inverse, use);
+            each_depth<Pixels>(prediction, down, across, meaning, use);
     };
 
     float low = __uint_as_float(0x7F800000u), high = -low;
@@ -373,21 +376,21 @@ __device__ __forceinline__ void postprocess_by(const T* predictions, const Axis&
 
 // Takes four pixels a thread where vectors of them lie whole, else one.
 template <class T>
-__device__ __forceinline__ void postprocess(const T* predictions, const Axis& down, const Axis& across, bool inverse,
-                                            float scale, const Maps& maps) {
+__device__ __forceinline__ void postprocess(const T* predictions, const Axis& down, const Axis& across,
+                                            int32_t meaning, float scale, const Maps& maps) {
     constexpr int kPixels = 4;
     const bool outputs = (uintptr_t)maps.grey % kPixels == 0 && (uintptr_t)maps.metres % (4 * kPixels) == 0;
     const bool inputs = (uintptr_t)predictions % (kPixels * sizeof(T)) == 0;
     if (down.source != down.size || across.source != across.size) {
         if (outputs && across.size % kPixels == 0)
-            postprocess_by<true, kPixels>(predictions, down, across, inverse, scale, maps);
+            postprocess_by<true, kPixels>(predictions, down, across, meaning, scale, maps);
         else
-            postprocess_by<true, 1>(predictions, down, across, inverse, scale, maps);
+            postprocess_by<true, 1>(predictions, down, across, meaning, scale, maps);
     } else {
         if (inputs && outputs && down.size * across.size % kPixels == 0)
-            postprocess_by<false, kPixels>(predictions, down, across, inverse, scale, maps);
+            postprocess_by<false, kPixels>(predictions, down, across, meaning, scale, maps);
         else
-            postprocess_by<false, 1>(predictions, down, across, inverse, scale, maps);
+            postprocess_by<false, 1>(predictions, down, across, meaning, scale, maps);
     }
 }
 
@@ -436,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(kPreThreads, kPreResident)
 
 // Block 1024, grid N: a block a picture. Shared memory, static: 0.4 KB.
 // predictions  (N, prediction_height, prediction_width) fp16 or fp32
-// inverse      1: DenseDepth's, d = clip(1000 / p, 10, 1000) / 1000; 0: d = p
+// meaning      0: d = p; 1: DenseDepth's, d = clip(1000 / p, 10, 1000) / 1000; 2: disparity, d = -p
 // scale        metres = d * scale, above 0
 // out: grey    (N, height, width) uint8; 0 where depth is unknown, or everywhere if all depths are equal
 // out: metres  (N, height, width) float, NaN where depth is unknown; or null
@@ -444,17 +447,17 @@ extern "C" __global__ void __launch_bounds__(kPreThreads, kPreResident)
 // out: faults  (N) int32, how many values of the prediction are infinite or NaN: unknown depths
 extern "C" __global__ void __launch_bounds__(kPostThreads)
     depth_postprocess_half(const uint16_t* __restrict__ predictions, int32_t prediction_height,
-                           int32_t prediction_width, int32_t height, int32_t width, int32_t inverse, float scale,
+                           int32_t prediction_width, int32_t height, int32_t width, int32_t meaning, float scale,
                            uint8_t* __restrict__ grey, float* __restrict__ metres, float* __restrict__ range,
                            int32_t* __restrict__ faults) {
-    postprocess(predictions, {prediction_height, height}, {prediction_width, width}, inverse != 0, scale,
+    postprocess(predictions, {prediction_height, height}, {prediction_width, width}, meaning, scale,
                 {grey, metres, range, faults});
 }
 extern "C" __global__ void __launch_bounds__(kPostThreads)
     depth_postprocess_float(const float* __restrict__ predictions, int32_t prediction_height,
-                            int32_t prediction_width, int32_t height, int32_t width, int32_t inverse, float scale,
+                            int32_t prediction_width, int32_t height, int32_t width, int32_t meaning, float scale,
                             uint8_t* __restrict__ grey, float* __restrict__ metres, float* __restrict__ range,
                             int32_t* __restrict__ faults) {
-    postprocess(predictions, {prediction_height, height}, {prediction_width, width}, inverse != 0, scale,
+    postprocess(predictions, {prediction_height, height}, {prediction_width, width}, meaning, scale,
                 {grey, metres, range, faults});
 }

@@ -42,6 +42,8 @@ def blur(
     rank: int = 4,
     said: Sequence[int | str | None] | None = None,
     said_type: str | None = None,
+    said_input: Sequence[int | str | None] | None = None,
+    head: Sequence[tuple[str, float]] = (),
     metadata: dict[str, str] | None = None,
     domain: str = "",
     seed: int = 0,
@@ -68,6 +70,10 @@ def blur(
         The output's shape as the file tells it; () for a file that does not tell even its rank.
     said_type : str, optional
         The output's type, when a Cast makes it another.
+    said_input : sequence, optional
+        The input's shape as the file tells it.
+    head : (operator, constant)
+        What is done to the picture before all else.
     metadata : dict, optional
     domain : str
         Whose operators the tail's are.
@@ -81,6 +87,10 @@ def blur(
     weights = WEIGHTS if not seed else np.random.default_rng(seed).random(WEIGHTS.shape, np.float32)
     constants = {"weights": np.repeat(weights, channels, 0), "bias": np.repeat(BIAS, channels)}
     nodes, x = [], "image"
+    for i, (operator, value) in enumerate(head):
+        constants[f"head{i}"] = np.array(value, np.float32)
+        nodes.append(helper.make_node(operator, [x, f"head{i}"], [f"first{i}"]))
+        x = f"first{i}"
     if channels_last:
         nodes.append(helper.make_node("Transpose", [x], ["planes"], perm=[0, 3, 1, 2]))
         x = "planes"
@@ -113,7 +123,7 @@ def blur(
     return write(
         path,
         nodes,
-        [helper.make_tensor_value_info("image", kind, shape)],
+        [helper.make_tensor_value_info("image", kind, said_input or shape)],
         [helper.make_tensor_value_info("depth", _TYPES[said_type or dtype], told)],
         initializers,
         metadata,
@@ -156,6 +166,29 @@ def flat(path: Path) -> Path:
 def not_numbers(path: Path) -> Path:
     """NaN where the picture is dark."""
     return blur(path, tail=[("Sub", 2.0), ("Sqrt", None)])
+
+
+def grey(path: Path, said_input: Sequence[int | str | None]) -> Path:
+    """Takes the first channel alone."""
+    weights = numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "one")
+    nodes = [helper.make_node("Conv", ["image", "one"], ["depth"])]
+    return write(path, nodes, [_floats("image", said_input)], [_floats("depth", ("N", 1, "H", "W"))], [weights])
+
+
+def mean(path: Path, said_input: Sequence[int | str | None]) -> Path:
+    """The mean of the channels, of axis 1: no convolution."""
+    nodes = [helper.make_node("ReduceMean", ["image"], ["depth"], axes=[1])]
+    return write(path, nodes, [_floats("image", said_input)], [_floats("depth", ("N", 1, "H", "W"))])
+
+
+def external(path: Path, data: str = "weights.data") -> Path:
+    """`blur` with its weights in a file beside it."""
+    import onnx
+
+    model = onnx.load(blur(path))
+    path.unlink()
+    onnx.save(model, path, save_as_external_data=True, location=data, size_threshold=0)
+    return path
 
 
 def two_inputs(path: Path) -> Path:

@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -34,6 +35,7 @@ from keras_densedepth import Layer, decoder_layers, encoder_layers, write_h5
 
 from gpufgbg import DepthModel, DepthOptions, DeviceError, GpufgbgWarning, InputError, OptionError
 from gpufgbg.backends import cuda
+from gpufgbg.compositor import default_workers
 from gpufgbg.depth import engine_tensorrt
 from gpufgbg.depth.engine_tensorrt import OutOfMemory, TensorRTEngine
 
@@ -170,7 +172,27 @@ def test_any_frame_with_a_size_that_fits(run, arguments, h5_file, tmp_path):
         assert depth.size == (70, 50)
 
 
+def test_densedepth_of_a_photo_is_bounded(run, h5_file, tmp_path, monkeypatch):
+    """Twice the picture's size, as for a frame, would take minutes and gigabytes of a large one."""
+    monkeypatch.setattr("gpufgbg.predict.LONGEST", 64)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.zeros((60, 100, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
+    code, _, error = run("depth", tmp_path / "photos", f"--weights={h5_file}", "--device=cpu")
+    line = "the depth network's input is 64x32 instead of the first picture's 192x128: --depth-size for another"
+    assert code == 0 and f"gpufgbg: {line}" in error.splitlines()
+
+
 # -- ONNX -----------------------------------------------------------------------------------------------
+
+
+def without_data(path: Path, kept: int | None = None) -> None:
+    """The file of a model's weights is gone, or has so many bytes left."""
+    data = path.with_name("weights.data")
+    if kept is None:
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:kept])
+
 
 ONNX = {
     "two inputs": (onnx_models.two_inputs, "2 inputs (left, right), expected one picture as input"),
@@ -184,6 +206,31 @@ ONNX = {
         lambda path: onnx_models.blur(path, said_type="float64"), "output depth holds DOUBLE, expected FLOAT",
     ),
     "RGBA input": (onnx_models.four_channels, "input image is ?x4x?x?, expected Nx3xHxW or NxHxWx3"),
+    "RGBA input, open sides": (
+        lambda path: onnx_models.mean(path, ("N", "H", "W", 4)), "input image is ?x?x?x4, expected Nx3xHxW or NxHxWx3"
+    ),
+    "open channels of which 1 is taken": (
+        lambda path: onnx_models.grey(path, ("N", "C", "H", "W")),
+        "input image is ?x?x?x?, of 1 channels, expected Nx3xHxW or NxHxWx3",
+    ),
+    "weights beside it that are missing": (
+        lambda path: without_data(onnx_models.external(path)),
+        "its weights lie in weights.data, which can't be read: No such file or directory: put that file beside the",
+    ),
+    "weights beside it that are cut off": (
+        lambda path: without_data(onnx_models.external(path), 100),
+        "its weights lie in weights.data, which is cut off: 100 bytes, expected 108: get it again",
+    ),
+    "weights of another folder": (
+        lambda path: path.write_bytes(
+            onnx_models.external(path).read_bytes().replace(b"weights.data", b"../dear.data")
+        ),
+        "its weights lie in ../dear.data, expected a file in the model's own folder: export the model again",
+    ),
+    "weights at no place": (
+        lambda path: path.write_bytes(onnx_models.external(path).read_bytes().replace(b"108", b"-10")),
+        "its weights lie in weights.data at no possible place: export the model again",
+    ),
     "unknown operator": (onnx_models.unknown_operator, "no usable ONNX model: No Op registered for Mystery"),
     "unknown domain": (
         lambda path: onnx_models.unknown_operator(path, "com.example"),
@@ -267,7 +314,7 @@ def test_a_precision_that_the_file_does_not_have(refused_everywhere, tmp_path, d
         ("--depth-backend=torch", "--depth-backend: invalid choice"),
         ("--depth-precision=int8", "--depth-precision: invalid choice"),
         ("--depth-range=0..1", "--depth-range: invalid choice"),
-        ("--depth-meaning=disparity", "--depth-meaning: invalid choice"),
+        ("--depth-meaning=nearness", "--depth-meaning: invalid choice"),
         ("--depth-upsampling=nearest", "--depth-upsampling: invalid choice"),
     ],
 )
@@ -339,6 +386,22 @@ def test_not_a_number(run, arguments, tmp_path):
     assert "values of the prediction for picture " in line and "are no numbers: the weights are damaged" in line
 
 
+def test_what_helps_where_fp16_gives_no_numbers(tensorrt, model, h5_file, tmp_path):
+    """A file's own fp16 is the same with --depth-precision fp32, which ONNX Runtime refuses for it."""
+
+    def hint(weights: Path, device: str, **options: Any) -> str:
+        made = DepthModel(DepthOptions(weights, **options), (32, 32), device)
+        with pytest.raises(InputError) as caught:
+            made.check(np.array([0, 3], np.int32))
+        return str(caught.value).partition("not meant for these options")[2]
+
+    half = onnx_models.blur(tmp_path / "half.onnx", dtype="float16")
+    assert hint(half, "cpu") == hint(half, "cuda") == ", or too large for fp16: export it in fp32"
+    assert hint(model, "cuda") == ", or too large for fp16: try --depth-precision fp32"
+    assert hint(h5_file, "cpu", precision="fp16") == ", or too large for fp16: try --depth-precision fp32"
+    assert hint(model, "cpu") == hint(h5_file, "cpu") == ""
+
+
 @pytest.mark.parametrize("meaning", ["metres", "inverse"])
 def test_a_flat_prediction_is_grey_0(run, arguments, tmp_path, meaning):
     import pyarrow.parquet as pq
@@ -402,9 +465,15 @@ def test_no_tensorrt_on_a_card(a_card, refused, arguments, model, pictures, devi
 
 def test_onnxruntime_works_on_a_card_without_tensorrt(a_card, model):
     images = np.random.default_rng(0).integers(0, 256, (3, 24, 32, 3), np.uint8)
-    here = DepthModel(model, (32, 24), "cpu").predict(images)
-    there = DepthModel(DepthOptions(model, backend="onnxruntime"), (32, 24), "cuda")
+    alone = DepthModel(model, (32, 24), "cpu")
+    here = alone.predict(images)
+    told: list[str] = []
+    there = DepthModel(DepthOptions(model, backend="onnxruntime"), (32, 24), "cuda", tell=told.append)
     assert there.device == "cuda:0"
+    assert told == ["the depth network runs on the CPU, on all cores: for the card, install onnxruntime-gpu"]
+    assert there.engine.description == alone.engine.description
+    threads = [depth.engine._session.get_session_options().intra_op_num_threads for depth in (alone, there)]
+    assert threads == [1, default_workers()]
     maps = there.predict(images)
     np.testing.assert_array_equal(maps.grey, here.grey)
     np.testing.assert_array_equal(maps.range, here.range)
@@ -458,6 +527,8 @@ class Fake:
         module.Builder = self.builder
         module.OnnxParser.return_value.parse = self.parse
         self.parses = True
+        self.read_times: Callable[[bytes], object] = lambda data: object()
+        self.take_times: Callable[[object], bool] = lambda cache: True
 
     def load(self, plan: bytes) -> bytes | None:
         return plan if plan.startswith(b"engine") else None
@@ -480,7 +551,16 @@ class Fake:
 
         made = MagicMock()
         made.build_serialized_network = build
-        made.create_builder_config.return_value.get_timing_cache.return_value.serialize.return_value = b"times"
+        config = made.create_builder_config.return_value
+        config.get_timing_cache.return_value.serialize.return_value = b"times"
+        config.create_timing_cache = self.read_times
+
+        def take(cache: object, ignore_mismatch: bool) -> bool:
+            if cache is None:
+                raise TypeError("set_timing_cache(): incompatible function arguments")
+            return self.take_times(cache)
+
+        config.set_timing_cache = take
         return made
 
 
@@ -706,6 +786,53 @@ def test_networks_that_tensorrt_can_not_run(tensorrt, model):
         error.node.return_value = node
         with pytest.raises(InputError, match=rf"^--depth model.onnx: TensorRT can't import it: {said}$"):
             load(model)
+
+
+@pytest.mark.parametrize("why", ["damaged", "of another card", "none at all"])
+def test_times_that_are_of_no_use_are_replaced(tensorrt, model, tmp_path, why):
+    load(model)
+    (path,) = (tmp_path / "cache").glob("*.timing")
+    assert path.read_bytes() == b"times"
+    path.write_bytes(b"old")
+    read: list[bytes] = []
+
+    def times(data: bytes) -> object:
+        read.append(data)
+        return None if (data and why == "damaged") or why == "none at all" else data or b"new"
+
+    tensorrt.read_times = times
+    tensorrt.take_times = lambda cache: cache == b"new"
+    assert load(model, batch=3).engine.built
+    assert read == [b"old", b""] and path.read_bytes() == (b"old" if why == "none at all" else b"times")
+
+
+def test_a_context_may_need_no_memory():
+    assert engine_tensorrt._context_bytes(SimpleNamespace(device_memory_size=7)) == 7
+    assert engine_tensorrt._context_bytes(SimpleNamespace(device_memory_size=7, device_memory_size_v2=9)) == 9
+    assert engine_tensorrt._context_bytes(SimpleNamespace(device_memory_size_v2=0)) == 0
+
+
+def test_tensorrt_that_picks_no_types(tensorrt, model, h5_file, tmp_path):
+    """TensorRT 11: an ONNX file's types are the engine's, and what is told of it."""
+    tensorrt.module.__version__ = "11.0.0"
+    told: list[str] = []
+    half = onnx_models.blur(tmp_path / "half.onnx", dtype="float16")
+    assert load(model, told.append).engine.description["precision"] == "fp16"
+    del tensorrt.module.BuilderFlag.FP16
+    for weights, precision in ((model, "fp32"), (half, "fp16"), (h5_file, "fp16")):
+        shutil.rmtree(tmp_path / "cache")
+        assert load(weights, told.append).engine.description["precision"] == precision
+        assert json.loads(engine_file(tmp_path).read_bytes().partition(b"\n")[0])["precision"] == precision
+    assert [line for line in told if "fp32" in line] == [
+        "the depth engine is fp32, as model.onnx is, which TensorRT 11.0.0 keeps: one in fp16 is faster"
+    ]
+    assert load(model, precision="fp32").engine.description["precision"] == "fp32"
+    assert load(h5_file, precision="fp32").engine.description["precision"] == "fp32"
+    with pytest.raises(OptionError) as caught:
+        load(model, precision="fp16")
+    assert str(caught.value) == (
+        "depth_precision: got fp16, model.onnx is fp32, which TensorRT 11.0.0 keeps: leave it out"
+    )
 
 
 @pytest.mark.parametrize("version", ["8.5.3", "7.2.0", "8.6.1.post1", "10.0.0b6", "11.1"])

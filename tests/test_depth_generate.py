@@ -7,16 +7,18 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
 import time
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import oracle
+import pages
 import pytest
 from conftest import smooth, start
 from PIL import Image
@@ -33,6 +35,7 @@ from gpufgbg import (
     DatasetError,
     DepthModel,
     DepthOptions,
+    GpufgbgWarning,
     InputError,
     Interrupted,
     Moments,
@@ -44,6 +47,8 @@ from gpufgbg import (
     predict_folder,
     prepare,
 )
+from gpufgbg.depth import engine_onnxruntime
+from gpufgbg.depth.engine_onnxruntime import processor
 from gpufgbg.depth.processing import NORMALISATIONS
 from gpufgbg.layout import KINDS, TAR_SUFFIXES
 from gpufgbg.manifest import Manifest
@@ -94,6 +99,13 @@ def expected_depth(
     file = io.BytesIO()
     Image.fromarray(grey).save(file, "JPEG")
     return Expected(grey, file.getvalue(), float(d.min() * f32(scale)), float(d.max() * f32(scale)), d * f32(scale))
+
+
+def formulas() -> list[str]:
+    """What README and the page of depth maps say that metres are."""
+    texts = [path.read_text() for path in (pages.README, pages.ROOT / "docs" / "depth.md")]
+    found = [re.search(r"metres = (.*depth_max.*?)`?$", text, re.MULTILINE)[1] for text in texts]
+    return [re.sub(r"row\[\"(\w+)\"\]", r"\1", formula) for formula in found]
 
 
 def decoded(data: bytes) -> np.ndarray:
@@ -179,7 +191,7 @@ def short_shards(monkeypatch):
 def engine(batch: int = 1, precision: str = "fp32") -> dict:
     return {
         "backend": "onnxruntime", "version": onnxruntime.__version__, "provider": "CPUExecutionProvider",
-        "precision": precision, "batch": batch,
+        "processor": processor(), "precision": precision, "batch": batch,
     }  # fmt: skip
 
 
@@ -211,9 +223,10 @@ def test_depth_maps_equal_a_plain_computation(make, models, tmp_path, sink, mode
         assert files[f"fg_bg_depth/{path}"] == expected.file
         assert (near, far) == (expected.near, expected.far)
         assert decoded(files[f"fg_bg_depth/{path}"]).shape == (recipe.height, recipe.width)
-        # The formula of README: metres from grey levels, half a level off at most but for what JPEG does to them
-        back = near + (expected.grey + 0.5) / 256 * (far - near)
-        assert np.abs(back - expected.metres).max() <= (far - near) / 512 * 1.001
+        # README's and the page's formula: half a level off at most but for what JPEG does to the levels
+        for formula in formulas():
+            back = eval(formula, {"grey": expected.grey, "depth_min": near, "depth_max": far})
+            assert np.abs(back - expected.metres).max() <= (far - near) / 512 * 1.001
         levels = decoded(files[f"fg_bg_depth/{path}"]).astype(float)
         assert np.abs(near + (levels + 0.5) / 256 * (far - near) - expected.metres).mean() < 4 / 256 * (far - near)
         greys.append(expected.grey)
@@ -272,6 +285,67 @@ def test_any_form_of_model(make, tmp_path, form, options, plain):
     precision = "fp16" if form.get("dtype") == "float16" else "fp32"
     content = json.loads((out / "dataset.json").read_text())
     assert content["depth"]["engines"] == [engine(form.get("batch", 1), precision)]
+
+
+OPEN = ("batch_size", "num_channels", "height", "width")  # as Hugging Face's exports have it
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"head": [("Sub", 0.5), ("Div", 0.25), ("Mul", 0.25), ("Add", 0.5)]},
+        {"channels_last": True},
+        {"said_input": (1, None, 20, 28)},
+    ],
+    ids=["convolution", "normalised first", "transposed first", "fixed sides"],
+)
+def test_model_with_open_channels(tmp_path, images, form):
+    """What the first convolution takes for channels decides."""
+    known = {name: value for name, value in form.items() if name != "said_input"}
+    plain = DepthModel(onnx_models.blur(tmp_path / "plain.onnx", **known), (28, 20), "cpu").predict(images)
+    path = onnx_models.blur(tmp_path / "open.onnx", **{"said_input": OPEN, **form})
+    np.testing.assert_array_equal(DepthModel(path, (28, 20), "cpu").predict(images).metres, plain.metres)
+
+
+def test_model_with_open_channels_and_no_convolution(tmp_path, images):
+    maps = DepthModel(onnx_models.mean(tmp_path / "mean.onnx", OPEN), (28, 20), "cpu").predict(images)
+    np.testing.assert_allclose(maps.metres, images.mean(3) / 255, rtol=1e-5)
+
+
+def test_model_with_weights_in_a_file_beside_it(tmp_path, models, images):
+    import hashlib
+
+    path = onnx_models.external(tmp_path / "model.onnx")
+    model = DepthModel(path, (28, 20), "cpu")
+    expected = DepthModel(models / "blur.onnx", (28, 20), "cpu").predict(images)
+    np.testing.assert_array_equal(model.predict(images).metres, expected.metres)
+    both = path.read_bytes() + (tmp_path / "weights.data").read_bytes()
+    sha256 = model.describe()["sha256"]
+    assert sha256 == model.source.identity()["weights"] == hashlib.sha256(both).hexdigest()
+    (tmp_path / "cache").mkdir()  # links, as Hugging Face's cache has them
+    for name in ("model.onnx", "weights.data"):
+        (tmp_path / "cache" / name).symlink_to(tmp_path / name)
+    assert DepthModel(tmp_path / "cache" / "model.onnx", 32, "cpu").describe()["sha256"] == sha256
+    (tmp_path / "weights.data").write_bytes(np.full(28, 0.5, f32).tobytes())
+    other = DepthModel(path, (28, 20), "cpu")
+    assert other.describe()["sha256"] != sha256 and (other.predict(images).metres != expected.metres).any()
+
+
+def test_other_machines_get_all_files_of_weights(tmp_path, models):
+    from gpufgbg.scaleout.worker import Job, _depth_options
+
+    (tmp_path / "far").mkdir()
+    for path, names in (
+        (onnx_models.external(tmp_path / "far" / "model.onnx", "deep.data"), ["model.onnx", "deep.data"]),
+        (models / "blur.onnx", ["blur.onnx"]),
+    ):
+        expected = DepthModel(path, 32, "cpu").describe()
+        job = Job(None, None, "tar", tmp_path, 1, depth=DepthOptions(path)).carrying_weights()
+        assert list(job.weights) == names
+        with _depth_options(job) as depth:
+            assert depth.weights != str(path) and DepthModel(depth, 32, "cpu").describe() == expected
+    assert Job(None, None, "tar", tmp_path, 1, depth=DepthOptions("demo")).carrying_weights().weights is None
 
 
 def test_the_models_are_what_they_say(models):
@@ -958,6 +1032,9 @@ def test_folder_refusals(refused, run, models, tmp_path):
     (tmp_path / "others" / "deep" / "palette.png").rename(tmp_path / "others" / "deep" / "palette2.png")
     error = refused("depth", tmp_path / "others", *blur, "--out", out, out=out)
     assert "holds depth maps of other pictures, for example of deep/palette.png, which is not in" in error
+    assert error.endswith(
+        "remove their maps there to go on without them (deep/palette.jpg), or choose another folder"
+    )
     assert run("depth", folder, *blur, "--out", out, "--json")[0] == 0
     # what it says: a map is made again once it is removed
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "deep" / "palette.png")
@@ -986,6 +1063,127 @@ def test_folder_refusals(refused, run, models, tmp_path):
     ):
         (out / "depth.jsonl").write_bytes(spoiled.encode("latin-1"))
         assert f"--out {out / 'depth.jsonl'}: damaged or not ours" in refused(*command, out=out), spoiled
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "expected"),
+    [
+        ("x86_64", {"sse2", "avx", "avx2", "avx512f"}, "x86_64 avx512"),
+        ("x86_64", {"sse2", "avx", "avx2"}, "x86_64 avx2"),
+        ("x86_64", {"sse2"}, "x86_64 sse"),
+        ("aarch64", {"neon", "fullfp16"}, "aarch64 neon fp16"),
+        ("riscv64", set(), "riscv64"),
+    ],
+)
+def test_the_processor_is_told_by_its_instructions(monkeypatch, machine, features, expected):
+    from llvmlite import binding
+
+    known = {"sse2", "avx", "avx2", "avx512f", "neon", "fullfp16"}
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {name: name in features for name in known})
+    monkeypatch.setattr(engine_onnxruntime.platform, "machine", lambda: machine)
+    assert processor.__wrapped__() == expected
+
+
+def test_another_processor_is_another_engine(make, predict, models, tmp_path, monkeypatch):
+    """Its depth files differ: a folder of maps refuses it, dataset.json lists it; an entry of old tells of none."""
+    write_pictures(tmp_path / "pictures")
+    predict("maps")
+    make("out", samples=(0, 6))
+    monkeypatch.setattr(engine_onnxruntime, "processor", lambda: "x86_64 none")
+    with pytest.raises(DatasetError, match=r"'processor': '.*'.* there and \{.*'processor': 'x86_64 none'.* here"):
+        predict("maps")
+    make("out")
+    content = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert content["depth"]["engines"] == [engine(), engine() | {"processor": "x86_64 none"}] and content["complete"]
+    index = tmp_path / "maps" / "depth.jsonl"
+    head, _, rest = index.read_text().partition("\n")
+    head = json.loads(head)
+    del head["engine"]["processor"]
+    index.write_text(json.dumps(head) + "\n" + rest)
+    (tmp_path / "maps" / "a.jpg").unlink()
+    assert predict("maps").predicted == 1
+    del head["engine"]["batch"]
+    index.write_text(json.dumps(head) + "\n" + rest)
+    with pytest.raises(DatasetError, match="another engine"):
+        predict("maps")
+
+
+def test_folder_goes_on_without_pictures_whose_maps_are_removed(run, models, tmp_path):
+    """What the refusal says: nothing of them is left, nor are other maps made again."""
+    folder = tmp_path / "pictures"
+    write_pictures(folder)
+    command = ("depth", folder, "--weights", models / "blur.onnx", "--device=cpu")
+    assert run(*command)[0] == 0
+    out = tmp_path / "pictures_depth"
+    gone = sorted(index_of(out))[:5]
+    files = [index_of(out)[name]["file"] for name in gone]
+    for name in gone:
+        (folder / name).unlink()
+    error = run(*command)[2]
+    assert f"({', '.join(files[:3])} and 2 more), or choose another folder" in error
+    for file in files:
+        (out / file).unlink()
+    assert run(*command)[1].startswith("0 depth maps in ")
+    assert len(index_of(out)) == 2 and not index_of(out).keys() & set(gone)
+
+
+def test_folder_leaves_out_maps_of_earlier_runs(predict, tmp_path):
+    """Wherever they lie below; and of a tree of the original's layout it still takes fg_bg/."""
+    write_pictures(tmp_path / "all" / "pictures")
+    predict("all/pictures_depth", folder="all/pictures")
+    predict("all/pictures/deep/maps", folder="all/pictures/deep")
+    assert predict("maps", folder="all").pictures == 7
+    assert {name.partition("/")[0] for name in index_of(tmp_path / "maps")} == {"pictures"}
+    for kind in ("fg_bg", "fg_bg_masks"):
+        (tmp_path / "tree" / kind / "bg_00").mkdir(parents=True)
+        Image.fromarray(smooth(np.random.default_rng(1), 20, 30, 3)).save(
+            tmp_path / "tree" / kind / "bg_00" / "a.jpg"
+        )
+    report = predict(None, folder="tree")
+    assert (report.out, report.pictures) == (tmp_path / "tree" / "fg_bg_depth", 1)
+    assert predict(None, folder="tree").predicted == 0
+
+
+SIDES = [((1000, 600), (640, 384)), ((600, 1000), (384, 640)), ((640, 480), (640, 480)), ((4000, 10), (640, 32))]
+
+
+@pytest.mark.parametrize(("picture", "expected"), SIDES, ids=str)
+def test_folder_of_photos_bounds_the_input(run, models, tmp_path, picture, expected):
+    (tmp_path / "photos").mkdir()
+    image = smooth(np.random.default_rng(2), *picture, 3)
+    Image.fromarray(image).save(tmp_path / "photos" / "a.png")
+    command = ("depth", tmp_path / "photos", "--weights", models / "blur.onnx", "--device=cpu")
+    asked = "x".join(str(max(16, round(side / 16) * 16)) for side in picture)
+    size = "x".join(map(str, expected))
+    line = f"the depth network's input is {size} instead of the first picture's {asked}: --depth-size for another"
+    told = [] if picture == expected else [f"gpufgbg: {line}"]
+    for made in (1, 0):
+        code, printed, error = run(*command)
+        assert code == 0 and printed.startswith(f"{made} depth maps"), error
+        assert [found for found in error.splitlines() if "input is" in found] == told
+    out = tmp_path / "photos_depth"
+    head = json.loads((out / "depth.jsonl").read_text().partition("\n")[0])
+    assert tuple(head["size"]) == expected
+    assert (out / "a.jpg").read_bytes() == expected_depth(image, models / "blur.onnx", size=expected).file
+    assert "input is" not in run(*command, "--depth-size=704", "--out", tmp_path / "own")[2]
+    assert json.loads((tmp_path / "own" / "depth.jsonl").read_text().partition("\n")[0])["size"] == [704, 704]
+
+
+def test_folder_begun_without_the_bound_goes_on(run, models, tmp_path, monkeypatch):
+    """By an earlier version, whose input was as large as the first picture."""
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        Image.fromarray(smooth(np.random.default_rng(2), 700, 40, 3)).save(tmp_path / "photos" / f"{name}.png")
+    command = ("depth", tmp_path / "photos", "--weights", models / "blur.onnx", "--device=cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("gpufgbg.predict.LONGEST", 16384)
+        assert run(*command)[0] == 0
+    out = tmp_path / "photos_depth"
+    whole = oracle.tree_of(out)
+    (out / "b.jpg").unlink()
+    code, printed, error = run(*command)
+    assert code == 0 and printed.startswith("1 depth maps") and "input is" not in error
+    assert oracle.tree_of(out) == whole
 
 
 def test_folder_that_another_process_is_at(predict, tmp_path, monkeypatch):
@@ -1146,6 +1344,44 @@ def test_model_refuses_other_arrays(models, wrong):
         DepthModel(models / "blur.onnx", 32, "cpu").predict(wrong)
 
 
+class OnlyDlpack:
+    """An array of another library in host memory."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+
+def test_model_takes_dlpack_and_lists(models, images):
+    model = DepthModel(models / "blur.onnx", (28, 20), "cpu", 2)
+    expected = model.predict(images)
+    for given in (OnlyDlpack(images), list(images)):
+        np.testing.assert_array_equal(model.predict(given).metres, expected.metres)
+
+
+def test_model_refuses_pictures_of_several_sizes_and_memory_of_a_card(models, images):
+    model = DepthModel(models / "blur.onnx", (28, 20), "cpu")
+    with pytest.raises(InputError) as caught:
+        model.predict([images[0], images[1, :9], images[2]])
+    assert str(caught.value) == (
+        "images: got pictures of 2 shapes, (9, 28, 3) and (20, 28, 3) among them, expected one: "
+        "DepthModel.predict_each takes any"
+    )
+    with pytest.raises(InputError, match=r"^images: .*, expected uint8 \(N, H, W, 3\)$"):
+        model.predict([[[1, 2, 3]], [[1, 2]]])
+
+    class OnACard:
+        __cuda_array_interface__: ClassVar[dict] = {}
+
+    with pytest.raises(InputError, match=r"^images: got an array in a card's memory, expected one in host memory"):
+        model.predict(OnACard())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -1161,6 +1397,60 @@ def test_model_refuses_other_arrays(models, wrong):
 def test_model_refuses_other_arguments(models, arguments, message):
     with pytest.raises(OptionError, match=message):
         DepthModel(**{"weights": models / "blur.onnx", "size": 32, "device": "cpu", **arguments})
+
+
+def midas(path: Path) -> Path:
+    """Relative inverse depth as MiDaS gives it: far beyond 100, larger is nearer."""
+    return onnx_models.blur(path, tail=[("Mul", 500.0), ("Add", 100.0)])
+
+
+CLIPPED = (
+    r"^--depth midas.onnx: flat depth maps, {0} of {0}: the predictions lie outside 1 to 100, to which "
+    r"--depth-meaning inverse clips them: for relative inverse depth \(MiDaS, DPT, Depth Anything\) use "
+    r"--depth-meaning disparity$"
+)
+
+
+def test_model_of_disparity(tmp_path, images):
+    model = DepthModel(DepthOptions(midas(tmp_path / "midas.onnx"), meaning="disparity"), (28, 20), "cpu", 2)
+    maps = model.predict(images)
+    assert model.describe()["meaning"] == "disparity"
+    for image, grey, metres in zip(images, maps.grey, maps.metres, strict=True):
+        p = 500 * onnx_models.blurred(image.transpose(2, 0, 1)[None] / 255)[0] + 100
+        np.testing.assert_allclose(metres, -p, rtol=1e-5)
+        assert (grey[np.unravel_index(p.argmax(), p.shape)], grey[np.unravel_index(p.argmin(), p.shape)]) == (0, 255)
+    said = onnx_models.blur(tmp_path / "said.onnx", metadata={"meaning": "disparity"})
+    assert DepthModel(said, 32, "cpu").source.meaning == "disparity"
+
+
+def test_maps_that_the_clip_flattens_are_told_once(tmp_path, images, run, arguments):
+    path = midas(tmp_path / "midas.onnx")
+    inverse = DepthOptions(path, meaning="inverse", scale=3)
+    model = DepthModel(inverse, (28, 20), "cpu", 2)
+    with pytest.warns(GpufgbgWarning, match=CLIPPED.format(7)) as told:
+        assert not model.predict(images).grey.any()
+        model.predict(images)
+    assert len(told) == 1
+    with pytest.warns(GpufgbgWarning, match=CLIPPED.format(3)):
+        DepthModel(inverse, (28, 20), "cpu", 2).predict_each(list(images[:3]))
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(images[0]).save(tmp_path / "pictures" / "a.png")
+    for command in (
+        [*arguments, f"--depth={path}"],
+        ["depth", tmp_path / "pictures", f"--weights={path}", "--device=cpu"],
+    ):
+        code, _, error = run(*command, "--depth-meaning=inverse")
+        (line,) = [line for line in error.splitlines() if "flat depth maps" in line]
+        assert code == 0 and "use --depth-meaning disparity" in line
+
+
+def test_maps_that_are_not_clipped_or_not_all_are_not_told(tmp_path, models, images):
+    """Warnings are errors here."""
+    model = DepthModel(DepthOptions(onnx_models.flat(tmp_path / "flat.onnx"), meaning="inverse"), (28, 20), "cpu")
+    assert not model.predict(images).grey.any()  # 2 everywhere, which lies within
+    model = DepthModel(models / "inverse.onnx", (28, 20), "cpu")
+    some = np.stack([np.zeros_like(images[0]), images[0]])
+    assert model.predict(some).grey.any() and model.predict_each([]) == []
 
 
 def test_model_names_pictures_that_give_no_numbers(tmp_path, images):

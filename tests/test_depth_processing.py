@@ -24,7 +24,7 @@ KERNEL = Path(__file__).parents[1] / "kernels" / "depth.cu"
 f32 = np.float32
 LAYOUTS = [("NCHW", 3), ("NHWC", 3), ("NHWC", 4), ("NHWC", 8)]
 DTYPES = [np.float16, np.float32]
-MEANINGS = ["inverse", "metres", "relative"]
+MEANINGS = ["inverse", "metres", "relative", "disparity"]
 # (H, W) -> (h, w)
 RESIZES = [
     ((1, 1), (1, 1)), ((1, 1), (2, 2)), ((1, 7), (5, 3)), ((6, 1), (12, 2)), ((2, 2), (4, 4)), ((9, 14), (18, 28)),
@@ -72,7 +72,10 @@ def reference_maps(prediction, size, meaning, scale) -> SimpleNamespace:
         for i in range(n):
             p = resized(prediction[i].astype(np.float32), size, "edge")
             known = np.isfinite(p)
-            d = np.clip(f32(1000) / p, f32(10), f32(1000)) / f32(1000) if meaning == "inverse" else p + f32(0)
+            if meaning == "inverse":
+                d = np.clip(f32(1000) / p, f32(10), f32(1000)) / f32(1000)
+            else:
+                d = (-p if meaning == "disparity" else p) + f32(0)
             d = np.where(known, d, f32("nan"))
             metres[i] = np.where(known, d * scale, f32("nan"))
             if known.any():
@@ -137,8 +140,9 @@ class Emulated:
         grey, ranges = Guarded((n, *size), np.uint8, off), Guarded((n, 2), np.float32)
         faults, length = Guarded((n,), np.int32), Guarded((n, *size), np.float32, 4 * off % 16)
         given = placed_at(prediction, prediction.itemsize * (off // 2))
+        code = {"inverse": 1, "disparity": 2}.get(meaning, 0)
         self.library.run_postprocess(
-            int(half), n, address(given), *prediction.shape[1:], *size, int(meaning == "inverse"),
+            int(half), n, address(given), *prediction.shape[1:], *size, code,
             ctypes.c_float(scale), address(grey.array), address(length.array if metres else None),
             address(ranges.array), address(faults.array),
         )  # fmt: skip
@@ -348,6 +352,14 @@ def test_zero_and_negative_inverse_depths(engine):
     assert found.faults.tolist() == [0]
 
 
+def test_disparity_is_nearest_where_it_is_largest(engine):
+    prediction = np.array([[[0.0, 4000.0, 1000.0, -1000.0]]], np.float32)
+    found = engine.postprocess(prediction, (1, 4), meaning="disparity", scale=2.0, metres=True)
+    assert found.grey.tolist() == [[[204, 0, 153, 255]]]
+    assert found.range.tolist() == [[-8000.0, 2000.0]]
+    assert found.metres.tolist() == [[[0.0, -8000.0, -2000.0, 2000.0]]]
+
+
 def test_faults_are_of_the_prediction_not_of_the_map(engine):
     prediction = np.ones((2, 4, 4), np.float32)
     prediction[1, 1, 2] = np.nan
@@ -470,7 +482,7 @@ def test_preprocess_refuses(option, arguments):
         ("prediction", {"prediction": PREDICTION.astype(np.float64)}),
         ("prediction", {"prediction": PREDICTION[..., None]}),
         ("size", {"size": (0, 8)}),
-        ("meaning", {"meaning": "disparity"}),
+        ("meaning", {"meaning": "nearness"}),
         ("scale", {"scale": 0.0}),
         ("scale", {"scale": -1}),
         ("scale", {"scale": np.inf}),

@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,6 +161,19 @@ def test_names_of_keras_3(tmp_path: Path, small: Path) -> None:
     assert weights.tensors.keys() == stored(small).keys()
 
 
+def test_other_ways_to_write_options(tmp_path: Path) -> None:
+    """One number for both sides, float32's epsilon, and a NumPy number as Keras 2 also writes it."""
+    layers = [*encoder_layers(), *decoder_layers(16)]
+    for layer in layers:
+        if layer.kind == "LeakyReLU":
+            layer.config = {"alpha": {"type": "ndarray", "value": 0.25}}
+        elif layer.kind == "BatchNormalization":
+            layer.config["epsilon"] = float(np.float32(1.001e-5))
+        elif isinstance(layer.config.get("strides"), list):
+            layer.config["strides"] = layer.config["strides"][0]
+    assert read_weights(write_h5(tmp_path / "it.h5", layers=layers)).leaky_slope == 0.25
+
+
 def test_network_inside_a_model(tmp_path: Path, small: Path) -> None:
     """What multi_gpu_model leaves: one layer that is the network and holds all tensors."""
     inner = [*encoder_layers(), *decoder_layers(16)]
@@ -289,6 +303,14 @@ def leaky(name: str, slope: float = 0.2) -> Layer:
     return Layer(name, "LeakyReLU", [], {"alpha": slope})
 
 
+def configured(name: str, **options: Any) -> list[Layer]:
+    """DenseDepth with other options of a layer, or of all of a kind."""
+    return [
+        dataclasses.replace(layer, config={**layer.config, **options}) if name in (layer.name, layer.kind) else layer
+        for layer in densedepth()
+    ]
+
+
 NETWORKS: list[tuple[str, Callable[[], list[Layer]], str]] = [
     (
         "DenseNet-121",
@@ -391,6 +413,49 @@ NETWORKS: list[tuple[str, Callable[[], list[Layer]], str]] = [
         ],
         "layer 'conv2' has activation 'relu', expected none",
     ),
+    *(
+        (
+            f"slope {slope!r}",
+            lambda slope=slope: configured("LeakyReLU", alpha=slope),
+            f"layer 'leaky_re_lu_1' has slope {slope}, expected a number from 0 to 1, 0.2 in DenseDepth",
+        )
+        for slope in (None, [0.2], {"value": [0.2]}, {"name": "x"}, "a", float("nan"), float("inf"), -0.1, True)
+    ),
+    (
+        "another epsilon",
+        lambda: configured("BatchNormalization", epsilon=0.001),
+        "layer 'conv1/bn' has epsilon 0.001, expected 1.001e-05 as in DenseDepth",
+    ),
+    (
+        "an epsilon that is none",
+        lambda: configured("conv3_block2_0_bn", epsilon=None),
+        "layer 'conv3_block2_0_bn' has epsilon None, expected 1.001e-05 as in DenseDepth",
+    ),
+    (
+        "another stride",
+        lambda: configured("conv1/conv", strides=[1, 1]),
+        "layer 'conv1/conv' has strides [1, 1], expected [2, 2] as in DenseDepth",
+    ),
+    (
+        "a decoder's stride",
+        lambda: configured("up1_convA", strides=2),
+        "layer 'up1_convA' has strides 2, expected [1, 1] as in DenseDepth",
+    ),
+    (
+        "a dilated convolution",
+        lambda: configured("conv5_block3_2_conv", dilation_rate=[2, 2]),
+        "layer 'conv5_block3_2_conv' has dilation_rate [2, 2], expected [1, 1] as in DenseDepth",
+    ),
+    (
+        "another padding",
+        lambda: configured("conv3", padding="valid"),
+        "layer 'conv3' has padding valid, expected same as in DenseDepth",
+    ),
+    (
+        "another pool",
+        lambda: configured("pool3_pool", pool_size=[4, 4]),
+        "layer 'pool3_pool' has pool_size [4, 4], expected [2, 2] as in DenseDepth",
+    ),
 ]
 
 
@@ -471,6 +536,10 @@ SPOILT = [
     (
         lambda root: root["conv2"].__delitem__("conv2/bias:0"),
         "tensor 'conv2/bias:0' is missing; the file is incomplete, get it again",
+    ),
+    (
+        replaced("conv2/bias", h5py.Empty("f4")),
+        "tensor 'conv2/bias:0' is empty; the file is incomplete, get it again",
     ),
     (
         lambda root: root.__delitem__("pool3_conv"),

@@ -43,6 +43,17 @@ def test_figures_of_the_stream_are_those_of_its_table():
     assert "a feathered edge and a multiply take {} and {} times".format(*times) in blend
 
 
+def test_figures_of_engines_are_those_of_their_table():
+    table = (pages.ROOT / "bench" / "results" / "h200_depth.md").read_text()
+    count, mean, most = re.search(
+        r"^\| fp16 against ONNX Runtime fp32, grey levels of (\d+) composites \| mean ([\d.]+) \| .*?greatest (\d+);",
+        table, re.MULTILINE,
+    ).groups()  # fmt: skip
+    page, readme = (" ".join(path.read_text().split()) for path in (pages.ROOT / "docs" / "depth.md", pages.README))
+    assert f"on {count} composites: grey levels differ by {mean} on average and by {most} at most" in page
+    assert f"differ by {mean} on average, {most} at most, on {count} composites" in readme
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """photos/, cutouts/, masks/, original/ and model.onnx."""

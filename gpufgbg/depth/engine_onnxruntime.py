@@ -1,23 +1,50 @@
 """Runs a network with ONNX Runtime: on the CPU, the portable way, or on CUDA where onnxruntime-gpu is installed.
 
 On the CPU each inference takes one picture on the calling thread, so a prediction depends on nothing but its picture,
-and callers get their parallelism from their own threads, as from the rest of the CPU backend.
+and callers get their parallelism from their own threads, as from the rest of the CPU backend. Where all but the
+network is on a card, one thread calls, and an inference takes all cores: the bits were the same with 1 to 16 of them.
+
+ONNX Runtime picks its kernels by the processor's vector instructions, and they round differently: so `processor` is
+part of what made the predictions.
 
 The CUDA way is written from ONNX Runtime's documentation (execution providers, I/O binding) and has not been run yet.
 """
 
 from __future__ import annotations
 
+import functools
+import platform
 import re
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpufgbg.compositor import default_workers
 from gpufgbg.depth.sources import NetworkSource, check_output, input_type
 from gpufgbg.exceptions import DeviceError, InputError, OptionError, printable
 
-__all__ = ["OnnxRuntimeEngine"]
+__all__ = ["OnnxRuntimeEngine", "processor"]
+
+_CPU = "CPUExecutionProvider"
+#: what ONNX Runtime has kernels for, best first: its name here, and what LLVM calls the processor's feature
+_INSTRUCTIONS = (
+    ("avx512", "avx512f"), ("avx2", "avx2"), ("avx", "avx"), ("sse", "sse2"),
+    ("sme", "sme"), ("neon fp16", "fullfp16"), ("neon", "neon"),
+)  # fmt: skip
+
+
+@functools.cache
+def processor() -> str:
+    """This machine's architecture and its widest vector instructions, for example ``"x86_64 avx512"``."""
+    from llvmlite import binding  # Numba's
+
+    try:
+        features: dict[str, bool] = binding.get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know how to ask here
+        features = {}
+    found = (name for name, feature in _INSTRUCTIONS if features.get(feature))
+    return " ".join([platform.machine(), *list(found)[:1]])
 
 
 class OnnxRuntimeEngine:
@@ -41,6 +68,8 @@ class OnnxRuntimeEngine:
         Of the input.
     description : dict
         What made the predictions, as JSON values.
+    on_cpu : bool
+        It runs on the CPU, perhaps beside a card.
 
     Raises
     ------
@@ -63,9 +92,9 @@ class OnnxRuntimeEngine:
         self.batch = source.batch or batch or 1
         self._device = device
         cuda = device is not None and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        self._bound = cuda
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = 1 if device is None else default_workers()
         options.log_severity_level = 4  # errors come as exceptions
         providers: list[Any] = [("CUDAExecutionProvider", {"device_id": device})] if cuda else []
         model = source.graph(self.batch, precision or "fp32")
@@ -74,11 +103,11 @@ class OnnxRuntimeEngine:
         if precision not in (None, own):
             raise OptionError("depth_precision", f"got {precision}, {printable(source.name)} is {own}: leave it out")
         try:
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, [*providers, "CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, [*providers, _CPU])
         except Exception as error:  # pybind's exceptions of ONNX Runtime derive from Exception alone
             raise _refused(source, error) from None
+        provider = self._session.get_providers()[0]
+        self.on_cpu = provider == _CPU
         self._input = self._session.get_inputs()[0].name
         self._output = self._session.get_outputs()[0].name
         width, height = source.size
@@ -89,7 +118,8 @@ class OnnxRuntimeEngine:
         self.description = {
             "backend": "onnxruntime",
             "version": onnxruntime.__version__,
-            "provider": self._session.get_providers()[0],
+            "provider": provider,
+            **({"processor": processor()} if self.on_cpu else {}),
             "precision": own,
             "batch": self.batch,
         }
@@ -122,7 +152,7 @@ class OnnxRuntimeEngine:
                 return self._run(images)
             import cupy
 
-            if not self._bound:
+            if self.on_cpu:
                 return cupy.asarray(self._run(cupy.asnumpy(images)))
             return self._run_bound(images)
         except InputError:

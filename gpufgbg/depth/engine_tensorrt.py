@@ -28,7 +28,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from gpufgbg.depth.sources import NetworkSource, check_output, key_of
-from gpufgbg.exceptions import DeviceError, GpufgbgWarning, InputError, printable
+from gpufgbg.exceptions import DeviceError, GpufgbgWarning, InputError, OptionError, printable
 from gpufgbg.files import write_atomic
 
 __all__ = ["TensorRTEngine", "cache_folder", "why_not"]
@@ -77,11 +77,12 @@ class TensorRTEngine:
     Parameters
     ----------
     source : NetworkSource
-    precision : {"fp16", "fp32"}
+    precision : {"fp16", "fp32"}, optional
+        By default fp16; from TensorRT 11 on the file's own where it has one.
     batch : int, optional
         Pictures of one inference, by default what the file fixes, or 64.
     tell : callable, optional
-        Called with a line of text while an engine is built.
+        Called with a line of text while an engine is built, and where it is slower than it could be.
 
     Attributes
     ----------
@@ -100,10 +101,16 @@ class TensorRTEngine:
         TensorRT is missing, or the card's memory does not suffice.
     InputError
         TensorRT can't import the network.
+    OptionError
+        The network has another precision, which TensorRT 11 can't change.
     """
 
     def __init__(
-        self, source: NetworkSource, precision: str = "fp16", batch: int | None = None, tell: Tell | None = None
+        self,
+        source: NetworkSource,
+        precision: str | None = None,
+        batch: int | None = None,
+        tell: Tell | None = None,
     ) -> None:
         reason = why_not()
         if reason is not None:
@@ -112,6 +119,7 @@ class TensorRTEngine:
         import tensorrt
 
         self.batch = source.batch or batch or BATCH
+        precision = _precision(source, precision, tell)
         device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
         self.description = {
             "backend": "tensorrt",
@@ -222,9 +230,10 @@ class TensorRTEngine:
                 f"--depth {printable(source.name)}: TensorRT can't build an engine: {printable(_short(reason))}: try "
                 "--depth-backend onnxruntime"
             )
-        if cache is not None:
+        times = None if cache is None else config.get_timing_cache()
+        if times is not None:
             with suppress(OSError):  # it saves time, nothing depends on it
-                write_atomic(cache_path, bytes(config.get_timing_cache().serialize()))
+                write_atomic(cache_path, bytes(times.serialize()))
         return bytes(plan)
 
     def _config(self, builder: Any, network: Any, typed: bool, precision: str, source: NetworkSource) -> Any:
@@ -256,17 +265,20 @@ class TensorRTEngine:
         return config
 
     def _timing_cache(self, config: Any) -> tuple[Path, Any]:
-        """Tactics' times of earlier builds on this card; TensorRT takes none of another card or version."""
+        """Tactics' times of earlier builds on this card; TensorRT takes none of another card or version.
+
+        Returns the file to keep them in, and a cache, new where the file's are of no use; None where there is none.
+        """
         name = "".join(c if c.isalnum() else "_" for c in str(self.description["device"]))
         path = cache_folder() / f"{name}-tensorrt-{self.description['version']}.timing"
         data = b""
         with suppress(OSError):
             data = path.read_bytes()
-        cache = config.create_timing_cache(data)
-        if not config.set_timing_cache(cache, False) and data:
-            cache = config.create_timing_cache(b"")
-            config.set_timing_cache(cache, False)
-        return path, cache
+        for known in (data, b""):
+            cache = config.create_timing_cache(known)  # None for what it can't read
+            if cache is not None and config.set_timing_cache(cache, False):
+                return path, cache
+        return path, None
 
     # -- running ----------------------------------------------------------------------------------------
 
@@ -286,10 +298,9 @@ class TensorRTEngine:
             if hasattr(trt, "ExecutionContextAllocationStrategy"):  # 10+
                 strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
                 self._context = engine.create_execution_context(strategy)
-                size = getattr(engine, "device_memory_size_v2", None) or engine.device_memory_size
             else:
                 self._context = engine.create_execution_context_without_device_memory()
-                size = engine.device_memory_size
+            size = _context_bytes(engine)
             if self._context is None:
                 raise OutOfMemory(self._messages.last())
             self._memory = cupy.empty(max(1, size), np.uint8)  # intermediate tensors
@@ -303,7 +314,7 @@ class TensorRTEngine:
             self._context.device_memory = self._memory.data.ptr
         self._context.set_tensor_address(self._input, self._images.data.ptr)
         self._context.set_tensor_address(self._output, self._predictions.data.ptr)
-        self.memory_bytes = int(size) + self._images.nbytes + self._predictions.nbytes
+        self.memory_bytes = size + self._images.nbytes + self._predictions.nbytes
         self._graph = self._captured()
 
     def _captured(self) -> Any:
@@ -370,6 +381,29 @@ class TensorRTEngine:
 
 class OutOfMemory(Exception):
     """The card's memory does not suffice for this batch; the caller takes a smaller one or says so."""
+
+
+def _precision(source: NetworkSource, asked: str | None, tell: Tell | None) -> str:
+    """What the engine will compute in: where TensorRT picks no types itself (11 on), what an ONNX file says."""
+    import tensorrt as trt
+
+    own = source.precision
+    if own is None or hasattr(trt.BuilderFlag, "FP16"):
+        return asked or "fp16"
+    name = printable(source.name)
+    if asked not in (None, own):
+        raise OptionError(
+            "depth_precision", f"got {asked}, {name} is {own}, which TensorRT {trt.__version__} keeps: leave it out"
+        )
+    if own == "fp32" and tell:
+        tell(f"the depth engine is fp32, as {name} is, which TensorRT {trt.__version__} keeps: one in fp16 is faster")
+    return own
+
+
+def _context_bytes(engine: Any) -> int:
+    """Memory that a context of the engine needs, which may be none."""
+    size = getattr(engine, "device_memory_size_v2", None)  # 10+
+    return int(engine.device_memory_size if size is None else size)
 
 
 def _header(key: dict[str, Any], plan: bytes) -> bytes:

@@ -8,6 +8,8 @@ grey = min(255, floor(256 q)). ``min`` and ``max``, in metres, are kept, so that
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.backends import check_device, why_cpu
+from gpufgbg.backends.cuda import as_array, is_on_card
 from gpufgbg.compositor import check_workers
 from gpufgbg.depth.options import DepthOptions
-from gpufgbg.depth.processing import NORMALISATIONS, Maps, postprocess, preprocess
-from gpufgbg.depth.sources import NetworkSource, open_source
-from gpufgbg.exceptions import DeviceError, InputError, OptionError, printable
+from gpufgbg.depth.processing import NORMALISATIONS, Maps, are_clipped, postprocess, preprocess
+from gpufgbg.depth.sources import DenseDepth, NetworkSource, open_source
+from gpufgbg.exceptions import DeviceError, GpufgbgWarning, InputError, OptionError, printable
 from gpufgbg.recipe import Recipe
 
 __all__ = ["DepthMaps", "DepthModel"]
@@ -71,7 +74,7 @@ class DepthModel:
     Warns
     -----
     GpufgbgWarning
-        An engine can't be kept in the cache.
+        An engine can't be kept in the cache; or, once, depth maps are all flat for what the model's meaning clips.
 
     Examples
     --------
@@ -98,6 +101,7 @@ class DepthModel:
         self.device = "cpu" if self.index is None else f"cuda:{self.index}"
         self.source = source or open_source(options, frame)
         self.engine = self._engine(tell)
+        self._clipping = threading.Lock()  # taken by the one warning about it
 
     def _engine(self, tell: Callable[[str], None] | None) -> Any:
         options, batch = self.options, self.options.batch
@@ -107,7 +111,10 @@ class DepthModel:
         if options.backend == "onnxruntime" or self.index is None:
             from gpufgbg.depth.engine_onnxruntime import OnnxRuntimeEngine
 
-            return OnnxRuntimeEngine(self.source, options.precision, batch, self.index)
+            runtime = OnnxRuntimeEngine(self.source, options.precision, batch, self.index)
+            if runtime.on_cpu and self.index is not None and tell:
+                tell("the depth network runs on the CPU, on all cores: for the card, install onnxruntime-gpu")
+            return runtime
         import cupy
 
         from gpufgbg.depth.engine_tensorrt import BATCH, OutOfMemory, TensorRTEngine
@@ -116,7 +123,7 @@ class DepthModel:
         with cupy.cuda.Device(self.index):
             while True:
                 try:
-                    return TensorRTEngine(self.source, options.precision or "fp16", tried, tell)
+                    return TensorRTEngine(self.source, options.precision, tried, tell)
                 except OutOfMemory:
                     cupy.get_default_memory_pool().free_all_blocks()
                     if tried == 1 or batch or fixed:
@@ -141,9 +148,10 @@ class DepthModel:
         Parameters
         ----------
         images : (N, H, W, 3) uint8
-            RGB. On a card: a CuPy array, or any object with ``__cuda_array_interface__`` or DLPack, is taken without
-            a copy where it is contiguous; NumPy arrays are copied to the card. Runs on CuPy's current stream and
-            waits for it once, to look for values that are no numbers.
+            RGB: a NumPy array, an object with DLPack, or a list of pictures of one size. On a card: a CuPy array, or
+            any object with ``__cuda_array_interface__`` or DLPack, is taken without a copy where it is contiguous;
+            arrays in host memory are copied to the card. Runs on CuPy's current stream and waits for it once, to look
+            for values that are no numbers.
         metres : bool
             Give float metres too, not grey levels alone.
 
@@ -154,10 +162,15 @@ class DepthModel:
         Raises
         ------
         InputError
-            Another shape or dtype, or the network gives values that are no numbers.
+            Another shape or dtype, pictures of several sizes, images in a card's memory for a model on the CPU, or
+            the network gives values that are no numbers.
         """
         if self.index is None:
-            pictures = _checked(np.asarray(images))
+            if is_on_card(images):
+                raise InputError(
+                    "images: got an array in a card's memory, expected one in host memory: device is cpu"
+                )
+            pictures = _checked(_one_array(images))
             if self.workers > 1 and len(pictures) > 1:
                 step = max(self.batch, -(-len(pictures) // self.workers))
                 cuts = [pictures[at : at + step] for at in range(0, len(pictures), step)]
@@ -169,12 +182,11 @@ class DepthModel:
         else:
             import cupy
 
-            from gpufgbg.backends.cuda import as_array
-
             with cupy.cuda.Device(self.index):
-                pictures = _checked(cupy.asarray(as_array(images)))
+                pictures = _checked(cupy.asarray(_one_array(images)))
                 maps = self.maps(cupy.ascontiguousarray(pictures), metres)
         self.check(maps.faults)
+        self.warn_clipped(maps.range)
         return DepthMaps(maps.grey, maps.range, maps.metres)
 
     def maps(self, images: Any, metres: bool = False) -> Maps:
@@ -214,15 +226,18 @@ class DepthModel:
         InputError
             As for `predict`.
         """
+        each: list[tuple[npt.NDArray[np.uint8], tuple[float, float]]]
         if self.index is None:
             with ThreadPoolExecutor(self.workers) as pool:
                 each_maps = list(pool.map(lambda image: self.maps(_checked(image[None])), images))
             for i, maps in enumerate(each_maps):
                 self.check(maps.faults, i, names)
-            return [(maps.grey[0], tuple(maps.range[0].tolist())) for maps in each_maps]
+            each = [(maps.grey[0], tuple(maps.range[0].tolist())) for maps in each_maps]
+            self.warn_clipped(np.array([depths for _, depths in each], np.float32).reshape(-1, 2))
+            return each
         import cupy
 
-        each: list[tuple[npt.NDArray[np.uint8], tuple[float, float]]] = []
+        each = []
         with cupy.cuda.Device(self.index):
             for start in range(0, len(images), self.batch):
                 part = [cupy.asarray(image[None]) for image in images[start : start + self.batch]]
@@ -234,6 +249,7 @@ class DepthModel:
                     maps = self._postprocess(prediction[i : i + 1], image.shape[1:3], False)
                     self.check(maps.faults, start + i, names)
                     each.append((maps.grey[0].get(), tuple(maps.range[0].tolist())))
+        self.warn_clipped(np.array([depths for _, depths in each], np.float32).reshape(-1, 2))
         return each
 
     def _inputs(self, like: Any) -> Any:
@@ -261,11 +277,35 @@ class DepthModel:
         if len(bad):
             index = first + int(bad[0])
             name = f"picture {index}" if names is None else printable(names[index])
+            hint = ""
+            if self._half:
+                known = self.source.precision == "fp16"  # the file's, which no option changes everywhere
+                hint = f", or too large for fp16: {'export it in fp32' if known else 'try --depth-precision fp32'}"
             raise InputError(
                 f"--depth {printable(self.source.name)}: {int(counts[bad[0]])} values of the prediction for {name} "
-                "are no numbers: the weights are damaged, or not meant for these options"
-                + (", or too large for fp16: try --depth-precision fp32" if self._half else "")
+                f"are no numbers: the weights are damaged, or not meant for these options{hint}"
             )
+
+    def warn_clipped(self, ranges: Any) -> None:
+        """Warn, once, where the clip left nothing of a batch's depth: maps of these ``ranges`` are all flat.
+
+        ``ranges`` (N, 2) float32, in any memory.
+        """
+        source = self.source
+        if source.meaning != "inverse" or self._clipping.locked():
+            return
+        found = ranges if isinstance(ranges, np.ndarray) else ranges.get()
+        if not are_clipped(found, source.scale) or not self._clipping.acquire(blocking=False):
+            return
+        advice = "the weights are damaged or not trained"
+        if not isinstance(source, DenseDepth):
+            advice = "for relative inverse depth (MiDaS, DPT, Depth Anything) use --depth-meaning disparity"
+        warnings.warn(
+            f"--depth {printable(source.name)}: flat depth maps, {len(found)} of {len(found)}: the predictions lie "
+            f"outside 1 to 100, to which --depth-meaning inverse clips them: {advice}",
+            GpufgbgWarning,
+            stacklevel=2,
+        )
 
     @property
     def _half(self) -> bool:
@@ -316,6 +356,20 @@ def describe(options: DepthOptions, source: NetworkSource) -> dict[str, Any]:
         "meaning": source.meaning,
         "scale": source.scale,
     }
+
+
+def _one_array(images: Any) -> Any:
+    """Images of any kind as one array of NumPy or CuPy; `InputError` where they are of several shapes."""
+    try:
+        return as_array(images)
+    except (ValueError, TypeError, BufferError) as error:  # ValueError: NumPy's for lists of several lengths
+        shapes = sorted({np.shape(image) for image in images if hasattr(image, "shape")})
+        if len(shapes) < 2:
+            raise InputError(f"images: {printable(error)}, expected uint8 (N, H, W, 3)") from None
+        raise InputError(
+            f"images: got pictures of {len(shapes)} shapes, {shapes[0]} and {shapes[1]} among them, expected one: "
+            "DepthModel.predict_each takes any"
+        ) from None
 
 
 def _checked(images: Any) -> Any:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpufgbg.depth.options import UPSAMPLINGS
-from gpufgbg.depth.weights import BLOCKS, DenseDepthWeights
+from gpufgbg.depth.weights import BLOCKS, EPSILON, DenseDepthWeights
 from gpufgbg.exceptions import OptionError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ GRAPH_VERSION = 1  # part of an engine's key: raise it with every change of the 
 MULTIPLE = 32  # the encoder halves the input five times
 OPSET = 13
 _TRANSFORMATIONS = dict(zip(UPSAMPLINGS, ("half_pixel", "align_corners"), strict=True))
-_EPSILON = 1.001e-5  # of every batch norm
 _DECODER = (("up1", "pool3_pool"), ("up2", "pool2_pool"), ("up3", "pool1"), ("up4", "conv1/relu"))  # block, skip
 
 
@@ -190,7 +189,7 @@ class _Graph:
         gamma, beta, mean, variance = (
             self.tensors[f"{name}/{kind}"].astype(np.float64) for kind in ("gamma", "beta", "mean", "variance")
         )
-        scale = gamma / np.sqrt(variance + _EPSILON)
+        scale = gamma / np.sqrt(variance + EPSILON)
         return scale.astype(np.float32), (beta - mean * scale).astype(np.float32)
 
     def relu(self, name: str, x: str) -> str:

@@ -17,7 +17,7 @@ __all__ = ["BACKENDS", "DEMO", "DEPTH_JPEG", "INPUTS", "MEANINGS", "PRECISIONS",
 DEMO = "demo"  # in place of a file: the built-in network
 BACKENDS = ("auto", "tensorrt", "onnxruntime")
 INPUTS = ("saved", "rendered")
-MEANINGS = ("inverse", "metres", "relative")
+MEANINGS = ("inverse", "metres", "relative", "disparity")
 PRECISIONS = ("fp16", "fp32")
 RANGES = ("unit", "imagenet", "255")
 #: quality, subsampling and optimize of depth maps' files: Pillow's defaults, as the original has them
@@ -52,10 +52,10 @@ class DepthOptions:
         DenseDepth alone: the decoder's bilinear x2 as TensorFlow 2 or as TensorFlow 1 computed it.
     range : {"unit", "imagenet", "255"}, optional
         Values that the network takes: 0..1, 0..1 less ImageNet's mean over its std, or 0..255. Default: unit.
-    meaning : {"inverse", "metres", "relative"}, optional
-        What it gives: inverse depth as DenseDepth's (depth = clip(1000 / p, 10, 1000) / 1000), depth in metres, or
-        depth without a unit (larger is farther). Default: inverse for DenseDepth, what the file's metadata say or
-        metres for ONNX.
+    meaning : {"inverse", "metres", "relative", "disparity"}, optional
+        What it gives: inverse depth as DenseDepth's (depth = clip(1000 / p, 10, 1000) / 1000), depth in metres,
+        depth without a unit (larger is farther), or inverse depth without a unit (larger is nearer: MiDaS, DPT, Depth
+        Anything; depth = -p). Default: inverse for DenseDepth, what the file's metadata say or metres for ONNX.
     scale : float, optional
         Metres of one unit of depth: 10 for DenseDepth's nyu.h5 (the default for DenseDepth), 80 for kitti.h5; else 1.
 

@@ -24,7 +24,7 @@ from gpufgbg.depth.options import MEANINGS
 from gpufgbg.exceptions import OptionError
 from gpufgbg.recipe import MAX_FRAME
 
-__all__ = ["NORMALISATIONS", "Maps", "postprocess", "preprocess"]
+__all__ = ["NORMALISATIONS", "Maps", "are_clipped", "postprocess", "preprocess"]
 
 Triple = tuple[float, float, float]
 
@@ -40,6 +40,8 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
 }
 
 _PRE_THREADS, _POST_THREADS = 256, 1024  # as in kernels/depth.cu
+_PLAIN, _INVERSE, _DISPARITY = 0, 1, 2  # meanings, as in kernels/depth.cu
+_MEANINGS = {"inverse": _INVERSE, "disparity": _DISPARITY}  # the others are plain
 _f32 = np.float32
 _ZERO, _TEN, _THOUSAND, _LEVELS = _f32(0), _f32(10), _f32(1000), _f32(256)
 _INFINITY, _NAN = _f32(np.inf), _f32(np.nan)
@@ -110,11 +112,11 @@ def _resize_value(prediction, column, above, below, weight):  # type: ignore[no-
 
 
 @_compiled
-def _depth_of(value, inverse):  # type: ignore[no-untyped-def]
+def _depth_of(value, meaning):  # type: ignore[no-untyped-def]
     if not np.isfinite(value):
         return _NAN
-    if not inverse:
-        return value + _ZERO  # -0 becomes 0
+    if meaning != _INVERSE:
+        return (-value if meaning == _DISPARITY else value) + _ZERO  # -0 becomes 0
     distance = _THOUSAND / value
     if distance < _TEN:
         distance = _TEN
@@ -125,7 +127,7 @@ def _depth_of(value, inverse):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _map_picture(  # type: ignore[no-untyped-def]
-    prediction, above, below, row_weight, left, right, column_weight, inverse, scale, depth, grey, span, metres
+    prediction, above, below, row_weight, left, right, column_weight, meaning, scale, depth, grey, span, metres
 ):
     """prediction (h, w) float32 -> grey (H, W) uint8, span (2) float32, metres (H, W) or (0, 0) float32; its faults.
 
@@ -141,7 +143,7 @@ def _map_picture(  # type: ignore[no-untyped-def]
             value = _resize_value(prediction, left[x], a, b, weight)
             if column_weight[x] != _ZERO:
                 value = _between(value, _resize_value(prediction, right[x], a, b, weight), column_weight[x])
-            d = _depth_of(value, inverse)
+            d = _depth_of(value, meaning)
             depth[row, x] = d
             if d < low:
                 low = d
@@ -342,8 +344,9 @@ def postprocess(
     """A network's prediction p as depth maps.
 
     Where its size is another, p is resized first: bilinear between pixel centres, clamped at the border. Then depth
-    is d = clip(1000 / p, 10, 1000) / 1000 for ``"inverse"``, where p = 0 gives 1 and p < 0 gives 0.01, else d = p. Of
-    each picture, q = (d - min) / (max - min) and grey = min(255, floor(256 q)); metres are d * scale.
+    is d = clip(1000 / p, 10, 1000) / 1000 for ``"inverse"``, where p = 0 gives 1 and p < 0 gives 0.01, d = -p for
+    ``"disparity"``, else d = p. Of each picture, q = (d - min) / (max - min) and grey = min(255, floor(256 q));
+    metres are d * scale.
 
     A value that is infinite or NaN counts as a fault whatever the meaning, for it is what an overflow in the network
     gives; depth is unknown there, and where it would weigh in when resized. A range of depth that overflows fp32
@@ -356,9 +359,9 @@ def postprocess(
         card's. Copied first if not C-contiguous.
     size : (int, int)
         Height H and width W of the maps in pixels, 1 to 16,384.
-    meaning : {"inverse", "metres", "relative"}
-        What p is: DenseDepth's inverse depth, depth in metres, or depth without a unit (larger is farther), which is
-        treated as metres are.
+    meaning : {"inverse", "metres", "relative", "disparity"}
+        What p is: DenseDepth's inverse depth, depth in metres, depth without a unit (larger is farther), which is
+        treated as metres are, or inverse depth without a unit (larger is nearer).
     scale : float
         Metres of one unit of d: 10 for DenseDepth's nyu.h5. Positive.
     metres : bool
@@ -398,14 +401,14 @@ def postprocess(
         _result("out.faults", given.faults, prediction, (n,), np.int32),
         _result("out.metres", given.metres, prediction, shape, np.float32) if metres else None,
     )
-    inverse = meaning == "inverse"
+    code = _MEANINGS.get(meaning, _PLAIN)
 
     if _on_card(prediction):
         if n:
             from gpufgbg.backends.cuda import kernel
 
             name = f"depth_postprocess_{'half' if prediction.dtype == np.float16 else 'float'}"
-            sizes = map(np.int32, (h, w, height, width, inverse))
+            sizes = map(np.int32, (h, w, height, width, code))
             length = np.uint64(0) if out.metres is None else out.metres
             with prediction.device:
                 kernel("depth", name)(
@@ -418,7 +421,22 @@ def postprocess(
     depth, nothing = np.empty((height, width), np.float32), np.empty((0, 0), np.float32)
     for i in range(n):
         out.faults[i] = _map_picture(
-            prediction[i].astype(np.float32, copy=False), *taps, inverse, _f32(scale), depth,
+            prediction[i].astype(np.float32, copy=False), *taps, code, _f32(scale), depth,
             out.grey[i], out.range[i], nothing if out.metres is None else out.metres[i],
         )  # fmt: skip
     return out
+
+
+def are_clipped(ranges: npt.NDArray[np.float32], scale: float) -> bool:
+    """Whether all maps of meaning ``"inverse"`` are flat at an end of its clip: no value of theirs lay within.
+
+    Parameters
+    ----------
+    ranges : (N, 2) float32
+        As `Maps` has them, in host memory.
+    scale : float
+        What `postprocess` was given.
+    """
+    ends = np.array([_TEN / _THOUSAND, _THOUSAND / _THOUSAND]) * _f32(scale)
+    near, far = ranges[:, 0], ranges[:, 1]
+    return len(ranges) > 0 and bool(((near == far) & np.isin(near, ends)).all())

@@ -7,13 +7,15 @@ arXiv 1812.11941; every tensor's presence and shape is checked against it.
 
 The activations, which the tensors don't show, are read from the list of layers: the published files have a leaky
 ReLU behind each block's convB only, while ``model.py`` of the DenseDepth repository makes one behind convA too
-(its issue #130). A file that lists no layers without weights is taken for model.py's.
+(its issue #130). A file that lists no layers without weights is taken for model.py's. What else the list tells of
+layers (strides, padding, epsilon) has to be DenseDepth's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,10 +32,12 @@ from gpufgbg.exceptions import DeviceError, InputError, printable
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["BLOCKS", "DenseDepthWeights", "read_weights", "tensor_shapes"]
+__all__ = ["BLOCKS", "EPSILON", "DenseDepthWeights", "read_weights", "tensor_shapes"]
 
 BLOCKS = (6, 12, 32, 32)  # layers of DenseNet-169's dense blocks
 GROWTH = 32  # channels that each layer of a dense block adds
+EPSILON = 1.001e-5  # of every batch norm
+POOLS = {"pool1": 3, "pool2_pool": 2, "pool3_pool": 2, "pool4_pool": 2}  # pixels a side; all of stride 2
 SKIPS = {"up1": 256, "up2": 128, "up3": 64, "up4": 64}  # channels of pool3_pool, pool2_pool, pool1, conv1/relu
 _KINDS = {"moving_mean": "mean", "moving_variance": "variance"}
 _BATCH_NORM = ("gamma", "beta", "mean", "variance")
@@ -132,7 +136,9 @@ def _read(path: Path, digest: str) -> DenseDepthWeights:
         with h5py.File(path, "r") as file:
             layer_names, found = _stored(file)
             _check_layers(found)
-            after_a, slope = _activations(_layers(file, layer_names), {name.rpartition("/")[0] for name in found})
+            layers = _layers(file, layer_names)
+            _check_options(layers)
+            after_a, slope = _activations(layers, {name.rpartition("/")[0] for name in found})
             shapes = _shapes(found)
             _check_shapes(found, shapes)
             tensors = {name: _tensor(name, found[name]) for name in shapes}
@@ -258,6 +264,8 @@ def _stored(file: h5py.File) -> tuple[list[str], dict[str, h5py.Dataset]]:
             dataset = group.get(weight)
             if not isinstance(dataset, h5py.Dataset):
                 raise _Unusable(f"tensor {_quoted(weight)} is missing; the file is incomplete, get it again")
+            if dataset.shape is None:  # HDF5's null dataspace
+                raise _Unusable(f"tensor {_quoted(weight)} is empty; the file is incomplete, get it again")
             inner, _, kind = weight.rpartition("/")
             kind = kind.partition(":")[0]
             # A layer that is a model itself (multi_gpu_model's) holds the tensors of many layers.
@@ -428,6 +436,44 @@ def _configured(layer: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
         yield str(layer.get("name") or options.get("name")), str(layer.get("class_name")), options
 
 
+def _check_options(layers: list[tuple[str, str, dict[str, Any]]]) -> None:
+    """Raise where a layer's options, as far as they are told, make another network of the same tensors."""
+    kernels = {name.rpartition("/")[0]: shape for name, shape in [*_encoder(), *_decoder([1] * 5)] if len(shape) == 4}
+    norms = {name.rpartition("/")[0] for name, _ in _encoder() if name.endswith("/gamma")}
+    for name, _, options in layers:
+        layer = _canonical(name)
+        expected: dict[str, Any] = {}
+        if layer in kernels:
+            first = layer == "conv1/conv"  # padded by a layer of its own
+            expected = {"strides": [2, 2] if first else [1, 1], "dilation_rate": [1, 1]}
+            if kernels[layer][0] > 1:
+                expected["padding"] = "valid" if first else "same"
+        elif layer in POOLS:
+            expected = {"strides": [2, 2], "pool_size": [POOLS[layer]] * 2}
+        elif layer in norms:
+            expected = {"epsilon": EPSILON}
+        for option, value in expected.items():
+            found = options.get(option, value)
+            same = found == value or (isinstance(value, list) and found == value[0])
+            if isinstance(value, float) and isinstance(found, float):
+                same = math.isclose(found, value, rel_tol=1e-6)
+            if not same:
+                shown = printable(str(found)[:40])
+                raise _Unusable(f"layer {_quoted(name)} has {option} {shown}, expected {value} as in DenseDepth")
+
+
+def _slope(name: str, options: dict[str, Any]) -> float:
+    """Slope of a leaky ReLU below zero."""
+    told = options.get("alpha", options.get("negative_slope", _LEAK))
+    value = told.get("value") if isinstance(told, dict) else told  # some of Keras 2 write NumPy's numbers so
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        shown = printable(str(told)[:40])
+        raise _Unusable(
+            f"layer {_quoted(name)} has slope {shown}, expected a number from 0 to 1, {_LEAK} in DenseDepth"
+        )
+    return float(value)
+
+
 def _activations(layers: list[tuple[str, str, dict[str, Any]]], weighted: set[str]) -> tuple[bool, float]:
     """Whether a leaky ReLU follows each convA, and the leaky ReLUs' slope.
 
@@ -456,7 +502,7 @@ def _activations(layers: list[tuple[str, str, dict[str, Any]]], weighted: set[st
             leaky = []
             for name, kind, options in between(first, last):
                 if "leaky" in f"{name} {kind}".lower():
-                    leaky.append(options.get("alpha", options.get("negative_slope", _LEAK)))
+                    leaky.append(_slope(name, options))
                 elif not re.fullmatch(r"up\d_(upsampling2d|concat)", name):
                     raise _Unusable(f"layer {_quoted(name)} between '{first}' and '{last}' is not DenseDepth's")
             if len(leaky) > 1 or (not leaky and last != f"{block}_convB"):
@@ -469,4 +515,4 @@ def _activations(layers: list[tuple[str, str, dict[str, Any]]], weighted: set[st
             raise _Unusable(f"layer '{name}' has activation {_quoted(str(options['activation']))}, expected none")
     if len(set(after_a)) > 1 or len(set(slopes)) > 1:
         raise _Unusable("its decoder's blocks have different activations, expected the same in all")
-    return after_a[0], round(float(slopes[0]), 6)
+    return after_a[0], round(slopes[0], 6)

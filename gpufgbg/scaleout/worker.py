@@ -77,8 +77,9 @@ class Job:
         Threads or writer processes of one worker.
     batch_size : int, optional
     depth : DepthOptions, optional
-    weights : bytes, optional
-        The file that ``depth`` names, where the worker may be on another machine.
+    weights : dict of str to bytes, optional
+        The files of the network that ``depth`` names, by their names in one folder, where the worker may be on
+        another machine; the one that it names comes first.
     """
 
     assets: Assets
@@ -88,13 +89,16 @@ class Job:
     workers: int
     batch_size: int | None = None
     depth: DepthOptions | None = None
-    weights: bytes | None = None
+    weights: dict[str, bytes] | None = None
 
     def carrying_weights(self) -> Job:
-        """The job for other machines, with the bytes of the file of weights."""
+        """The job for other machines, with the bytes of the files of weights."""
         if self.depth is None or self.depth.weights == DEMO:
             return self
-        return dataclasses.replace(self, weights=Path(self.depth.weights).read_bytes())
+        from gpufgbg.depth.sources import files_of
+
+        files = {name: path.read_bytes() for name, path in files_of(self.depth.weights).items()}
+        return dataclasses.replace(self, weights=files)
 
 
 def serve(channel: Channel, job: Job, device: str) -> None:
@@ -198,14 +202,16 @@ def _run_folder(job: Job, folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _depth_options(job: Job) -> Iterator[DepthOptions | None]:
-    """The job's options of depth, with its file of weights where it carries one."""
+    """The job's options of depth, with its files of weights where it carries them."""
     if job.depth is None or job.weights is None:
         yield job.depth
         return
     with tempfile.TemporaryDirectory(prefix="gpufgbg-") as folder:
-        path = Path(folder, Path(job.depth.weights).name)
-        path.write_bytes(job.weights)
-        yield dataclasses.replace(job.depth, weights=str(path))
+        for name, data in job.weights.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        yield dataclasses.replace(job.depth, weights=str(Path(folder, next(iter(job.weights)))))
 
 
 @contextlib.contextmanager

@@ -34,15 +34,15 @@ void run_preprocess(int32_t half, int32_t n, int32_t blocks, const uint8_t* imag
 }
 
 void run_postprocess(int32_t half, int32_t n, const void* predictions, int32_t prediction_height,
-                     int32_t prediction_width, int32_t height, int32_t width, int32_t inverse, float scale,
+                     int32_t prediction_width, int32_t height, int32_t width, int32_t meaning, float scale,
                      uint8_t* grey, float* metres, float* range, int32_t* faults) {
     emulator::launch((unsigned)n, 1, depth_cu::kPostThreads, [=] {
         if (half)
             depth_cu::depth_postprocess_half((const uint16_t*)predictions, prediction_height, prediction_width,
-                                             height, width, inverse, scale, grey, metres, range, faults);
+                                             height, width, meaning, scale, grey, metres, range, faults);
         else
             depth_cu::depth_postprocess_float((const float*)predictions, prediction_height, prediction_width, height,
-                                              width, inverse, scale, grey, metres, range, faults);
+                                              width, meaning, scale, grey, metres, range, faults);
     });
 }
 
