@@ -72,6 +72,8 @@ class StreamBatch:
     epoch: int
     depth: DepthMaps | None
     _plan: Plan = field(repr=False)
+    _workers: int = field(default=1, repr=False)  # threads for what is made of it
+    _room: dict[Any, Any] | None = field(default=None, repr=False)  # arrays for that, valid as long as its own
 
     @cached_property
     def labels(self) -> Placements:
@@ -331,7 +333,8 @@ class SampleStream:
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[_UnderWay] = deque()
         self._ring: list[Any] = [None] * (self._reuse + (self._prefetch if self._on_cpu else 0) if self._reuse else 0)
-        self._slot = 0
+        self._rooms: list[dict[Any, Any]] = [{} for _ in range(self._reuse)]
+        self._turn = 0
         self._faults: deque[tuple[Any, Any, npt.NDArray[np.int64]]] = deque()
         self._aside: Any = None
         self._closed = False
@@ -485,8 +488,8 @@ class SampleStream:
         frames = _aligned_frames(self.compositor.recipe) if self._on_cpu else self.compositor.backend.frames
         if not self._ring:
             return frames(count)
-        slot = self._slot
-        self._slot = (slot + 1) % len(self._ring)
+        slot = self._turn % len(self._ring)
+        self._turn += 1
         if self._ring[slot] is None:
             self._ring[slot] = frames(self.batch_size)
         image, mask = self._ring[slot]
@@ -515,9 +518,10 @@ class SampleStream:
         compositor = self.compositor
         if self._pool is None:
             self._pool = ThreadPoolExecutor(compositor.workers, "gpufgbg-stream")
+        room = self._rooms[self._turn % self._reuse] if self._reuse else None
         image, mask = self._frames(span.count)
         depth = self._work.depth(span.count, *mask.shape[1:])
-        batch = StreamBatch(image, mask, index, span.epoch, depth, compositor.plan)
+        batch = StreamBatch(image, mask, index, span.epoch, depth, compositor.plan, compositor.workers, room)
         step = max(1, min(_CHUNK, -(-span.count // compositor.workers)))
         cuts = [slice(at, at + step) for at in range(0, span.count, step)]
         parts = [self._pool.submit(self._work.render, batch.labels, image, mask, depth, cut) for cut in cuts]
@@ -568,7 +572,7 @@ class SampleStream:
         self._closed = True
         self._let_go()
         self._faults.clear()
-        self._ring = []
+        self._ring, self._rooms = [], []
         self._stop_threads()
 
     def _let_go(self) -> None:
@@ -591,7 +595,7 @@ class SampleStream:
 
     def _forget_ahead(self) -> None:
         if self._ring:  # the slots of batches that were given out stay the last to be used again
-            self._slot = (self._slot - len(self._ahead)) % len(self._ring)
+            self._turn -= len(self._ahead)
         self._ahead.clear()
         self._schedule.epoch, self._schedule.position = self._state
 
@@ -671,7 +675,8 @@ def stream(
     reuse : int
         0: every batch is new arrays, owned by the caller. Else image and mask are of a ring, made once: a batch's are
         valid until the ``reuse``-th batch after it is asked for (on a card: to be overwritten then on the same
-        stream, so work on them that is on another must be waited for).
+        stream, so work on them that is on another must be waited for). On the CPU so is what integrations make of
+        the image.
     prefetch : int
         Batches that threads render ahead on the CPU. On a card nothing is waited for, and so nothing is fetched
         ahead.
