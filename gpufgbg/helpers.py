@@ -11,6 +11,7 @@ with it, and it ends with this process. Elsewhere each helper is such a process,
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import queue
@@ -159,7 +160,12 @@ def main(arguments: list[str]) -> int:
     connection = parent_of(*arguments[:2])
     for library in ("OPENBLAS", "OMP", "MKL"):  # no threads that a fork would lack; there is nothing for them here
         os.environ[f"{library}_NUM_THREADS"] = "1"
+    # Numba looks whether SciPy has BLAS, by importing a part of it that takes as long as Numba itself.
+    sys.modules["scipy.linalg.cython_blas"] = None  # type: ignore[assignment]
+    gc.disable()
     _warm_up()
+    gc.freeze()  # what is there stays, and forks share it as long as it is left alone
+    gc.enable()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         connection.send("ready")
         if len(arguments) == 2:

@@ -199,6 +199,8 @@ def test_one_process_imports_for_all():
         assert [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in pids] == [1] * 5  # so a fork is safe
         loaded = "sorted({'gpufgbg.decoding', 'gpufgbg.decoding_dali', 'numba'} & set(__import__('sys').modules))"
         assert helpers.call(eval, loaded) == ["gpufgbg.decoding", "gpufgbg.decoding_dali", "numba"]
+        assert not helpers.call(eval, "'scipy.linalg' in __import__('sys').modules")
+        assert helpers.call(eval, "__import__('gc').isenabled()")
         interrupted = "__import__('signal').getsignal(2) is __import__('signal').SIG_IGN"
         assert helpers.call(eval, interrupted)
         # each holds its own socket alone: another's would keep the end of its fork from us
