@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 
 from gpufgbg.exceptions import GpufgbgError
 
-__all__ = ["Child", "parent_of", "portable_error"]
+__all__ = ["Child", "end_with", "parent_of", "portable_error"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -74,13 +74,18 @@ def parent_of(descriptor: str, parent: str) -> Connection:
         The first two arguments behind the command.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(int(parent))
+    return Connection(int(descriptor))
+
+
+def end_with(parent: int) -> None:
+    """Let the kernel kill this process when ``parent``, which started it, ends; on Linux. A fork must ask anew."""
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(parent):  # it was gone before
+        if os.getppid() != parent:  # it was gone before
             os._exit(1)
-    return Connection(int(descriptor))
 
 
 def portable_error(error: BaseException, where: str) -> Exception:

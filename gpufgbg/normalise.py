@@ -1,16 +1,18 @@
 """Batches of pictures as a network's input: floating point, less a mean, over a std; the same bits on every device.
 
 An array in a card's memory is worked on there by ``kernels/normalise.cu``, in one pass, on CuPy's current stream,
-without waiting; any other by Numba, without the interpreter's lock.
+without waiting; any other by Numba, without the interpreter's lock and so by as many threads as are asked for.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpufgbg.checks import whole
 from gpufgbg.compiling import compiled
 from gpufgbg.depth.processing import Triple, _batch, _channel_values, _on_card, _result
 from gpufgbg.exceptions import OptionError
@@ -20,27 +22,31 @@ __all__ = ["DTYPES", "LAYOUTS", "normalise"]
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("NCHW", "NHWC")
 _THREADS, _PIXELS = 256, 2048  # as in kernels/normalise.cu
+_SHARE = 1 << 22  # values that are worth a thread: a millisecond
 
 
 @compiled
 def _planes(images, table, out):  # type: ignore[no-untyped-def]
     """images (N, pixels * 3) uint8, table (3, 256) -> out (N, 3, pixels) of the table's type."""
+    reds, greens, blues = table[0], table[1], table[2]
     for n in range(images.shape[0]):
-        image = images[n]
-        for c in range(3):
-            to, levels = out[n, c], table[c]
-            for i in range(to.size):
-                to[i] = levels[image[3 * i + c]]
+        image, red, green, blue = images[n], out[n, 0], out[n, 1], out[n, 2]
+        for i in range(red.size):
+            red[i] = reds[image[3 * i]]
+            green[i] = greens[image[3 * i + 1]]
+            blue[i] = blues[image[3 * i + 2]]
 
 
 @compiled
 def _pixels(images, table, out):  # type: ignore[no-untyped-def]
     """images (N, pixels * 3) uint8, table (3, 256) -> out (N, pixels * 3) of the table's type."""
+    reds, greens, blues = table[0], table[1], table[2]
     for n in range(images.shape[0]):
         image, to = images[n], out[n]
-        for i in range(0, to.size, 3):
-            for c in range(3):
-                to[i + c] = table[c, image[i + c]]
+        for i in range(to.size // 3):
+            to[3 * i] = reds[image[3 * i]]
+            to[3 * i + 1] = greens[image[3 * i + 1]]
+            to[3 * i + 2] = blues[image[3 * i + 2]]
 
 
 def normalise(
@@ -51,6 +57,7 @@ def normalise(
     dtype: str = "float32",
     layout: str = "NCHW",
     out: Any = None,
+    workers: int = 1,
 ) -> Any:
     """Pictures as ``(value / 255 - mean) / std``.
 
@@ -70,6 +77,8 @@ def normalise(
         Shape of the result: (N, 3, H, W) or (N, H, W, 3).
     out : array, optional
         Where to write: of the result's shape and dtype, C-contiguous, and where the images are.
+    workers : int
+        Threads, for images in host memory; fewer where these are few.
 
     Returns
     -------
@@ -89,6 +98,7 @@ def normalise(
     scale, bias = check(mean, std, dtype, layout)
     n, height, width = images.shape[:3]
     pixels = height * width
+    workers = whole("workers", workers, 1, 1024)
     kept = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)
     out = _result("out", out, images, (n, 3, height, width) if layout == "NCHW" else images.shape, kept)
     if not n:
@@ -103,10 +113,18 @@ def normalise(
         return out
     table = _table(scale, bias, dtype)
     bits = out.view(table.dtype)
-    if layout == "NCHW":
-        _planes(images.reshape(n, -1), table, bits.reshape(n, 3, pixels))
-    else:
-        _pixels(images.reshape(n, -1), table, bits.reshape(n, -1))
+    images = images.reshape(n, -1)
+    fill, bits = (_planes, bits.reshape(n, 3, -1)) if layout == "NCHW" else (_pixels, bits.reshape(n, -1))
+    threads = min(workers, images.size // _SHARE)
+    if threads <= 1:
+        fill(images, table, bits)
+        return out
+    step = -(-n // (4 * threads))  # a thread that is kept from its core leaves its parts to the others
+    with ThreadPoolExecutor(threads, "gpufgbg-normalise") as pool:
+        for part in [
+            pool.submit(fill, images[at : at + step], table, bits[at : at + step]) for at in range(0, n, step)
+        ]:
+            part.result()
     return out
 
 

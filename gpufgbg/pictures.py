@@ -338,7 +338,8 @@ def has_end(data: bytes, form: str) -> bool:
     """Whether the file has its end marker. Pillow often does without, other readers of a kept file would not."""
     if form == "PNG":
         return _PNG_END in data
-    return form != "JPEG" or data.find(_JPEG_END, _start_of_frame(data)[1]) >= 0
+    # At the file's end it stands behind any frame; elsewhere it may be a thumbnail's, in front of the frame.
+    return form != "JPEG" or data.endswith(_JPEG_END) or data.find(_JPEG_END, _start_of_frame(data)[1]) >= 0
 
 
 def _start_of_frame(data: bytes) -> tuple[int | None, int]:

@@ -77,6 +77,8 @@ class StreamBatch:
     depth: DepthMaps | None
     _plan: Plan = field(repr=False)
     _cuda_stream: Any = field(default=None, repr=False)
+    _workers: int = field(default=1, repr=False)  # threads for what is made of it
+    _room: dict[Any, Any] | None = field(default=None, repr=False)  # arrays for that, valid as long as its own
 
     @cached_property
     def labels(self) -> Placements:
@@ -167,12 +169,12 @@ class _Span:
 class _Place(NamedTuple):
     """Where a stream is: what its next batch is, and which arrays of the ring it gets. Replaced as a whole, or not.
 
-    position counts the samples of the epoch that all ranks took together.
+    position counts the samples of the epoch that all ranks took together, turn the batches that the stream gave.
     """
 
     epoch: int
     position: int
-    slot: int
+    turn: int
 
 
 @dataclass(frozen=True)
@@ -400,6 +402,7 @@ class SampleStream:
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[_UnderWay] = deque()
         self._ring: list[Any] = [None] * (self._reuse + (self._prefetch if self._on_cpu else 0) if self._reuse else 0)
+        self._rooms: list[dict[Any, Any]] = [{} for _ in range(self._reuse)]
         self._faults: deque[tuple[Any, Any, npt.NDArray[np.int64]]] = deque()
         self._aside: Any = None
         self._closed = ""  # or how it was
@@ -460,7 +463,7 @@ class SampleStream:
         """
         epoch = whole("epoch", epoch, 0, _MOST)
         self._let_go()
-        self._place = _Place(*self._schedule.pass_over(self._part[0], epoch, 0), self._place.slot)
+        self._place = _Place(*self._schedule.pass_over(self._part[0], epoch, 0), self._place.turn)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as JSON values: after batch k, that the next one is k + 1.
@@ -496,7 +499,7 @@ class SampleStream:
         if position > self.samples:
             raise OptionError("state", f"position is {position}, expected 0 to {self.samples}")
         self._let_go()
-        self._place = _Place(epoch, position, self._place.slot)
+        self._place = _Place(epoch, position, self._place.turn)
 
     def _identity(self) -> dict[str, Any]:
         return {"samples": self.samples, "shuffle": self.shuffle, "seed": self.seed}
@@ -583,14 +586,14 @@ class SampleStream:
         if span is None:
             return None
         epoch, position = self._schedule.pass_over(self._part[1] - 1, epoch, position)
-        slot = (place.slot + 1) % len(self._ring) if self._ring else 0
-        return span, self._order.indices(span), _Place(epoch, position, slot)
+        return span, self._order.indices(span), _Place(epoch, position, place.turn + 1)
 
-    def _frames(self, count: int, slot: int) -> tuple[Any, Any]:
+    def _frames(self, count: int, turn: int) -> tuple[Any, Any]:
         """Arrays for a batch: new ones, or a whole batch's of the ring, cut to size."""
         frames = _aligned_frames(self.compositor.recipe) if self._on_cpu else self.compositor.backend.frames
         if not self._ring:
             return frames(count)
+        slot = turn % len(self._ring)
         if self._ring[slot] is None:
             self._ring[slot] = frames(self.batch_size)
         image, mask = self._ring[slot]
@@ -619,9 +622,11 @@ class SampleStream:
         compositor = self.compositor
         if self._pool is None:
             self._pool = ThreadPoolExecutor(compositor.workers, "gpufgbg-stream")
-        image, mask = self._frames(span.count, place.slot)
+        room = self._rooms[place.turn % self._reuse] if self._reuse else None
+        image, mask = self._frames(span.count, place.turn)
         depth = self._work.depth(span.count, *mask.shape[1:])
-        batch = StreamBatch(image, mask, index, span.epoch, depth, compositor.plan)
+        plan, threads = compositor.plan, compositor.workers
+        batch = StreamBatch(image, mask, index, span.epoch, depth, plan, _workers=threads, _room=room)
         step = max(1, min(_CHUNK, -(-span.count // compositor.workers)))
         cuts = [slice(at, at + step) for at in range(0, span.count, step)]
         parts = [self._pool.submit(self._work.render, batch.labels, image, mask, depth, cut) for cut in cuts]
@@ -638,7 +643,7 @@ class SampleStream:
                 self._check_faults(wait=True)
                 return None
             span, index, after = taken
-            image, mask = self._frames(span.count, self._place.slot)
+            image, mask = self._frames(span.count, self._place.turn)
             backend.render(_Deferred(self.compositor.plan, index), image, mask)
             depth = None
             if self._model is not None:
@@ -674,7 +679,7 @@ class SampleStream:
         self._closed = self._closed or how
         self._let_go()
         self._faults.clear()
-        self._ring = []
+        self._ring, self._rooms = [], []
         self._stop_threads()
 
     def _let_go(self) -> None:
@@ -772,7 +777,8 @@ def stream(
     reuse : int
         0: every batch is new arrays, owned by the caller. Else image and mask are of a ring, made once: a batch's are
         valid until the ``reuse``-th batch after it is asked for (on a card: to be overwritten then on the same
-        stream, so work on them that is on another must be waited for).
+        stream, so work on them that is on another must be waited for). On the CPU so is what integrations make of
+        the image.
     prefetch : int
         Batches that threads render ahead on the CPU. On a card nothing is waited for, and so nothing is fetched
         ahead.

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from gpufgbg.exceptions import OptionError, printable
 
@@ -24,6 +23,8 @@ def is_url(path: Any) -> bool:
 def local_path(path: str | os.PathLike[str]) -> Path:
     """The path of a data set on this machine, also of a ``file://`` URL."""
     if isinstance(path, str) and path.lower().startswith("file://"):
+        from urllib.request import url2pathname  # brings HTTP and TLS with it
+
         return Path(url2pathname(urlsplit(path).path))
     return Path(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 
 import host_build
 import numpy as np
@@ -158,6 +159,21 @@ def test_into_an_array_of_the_callers(engine):
     assert_same_bits(found if xp is np else found.get(), reference(images[:, 1:7, 2:5], 0, 1, "float32", "NCHW"), "")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_by_any_number_of_threads(monkeypatch, dtype, layout):
+    monkeypatch.setattr("gpufgbg.normalise._SHARE", 500)
+    for count in (1, 2, 5, 17):
+        images = noise(count, (count, 11, 13))
+        expected = reference(images, *IMAGENET, dtype, layout)
+        for workers in (1, 2, 3, 32):
+            found = normalise(images, *IMAGENET, dtype=dtype, layout=layout, workers=workers)
+            assert_same_bits(found, expected, (count, workers))
+            rows = normalise(images[:, ::2], *IMAGENET, dtype=dtype, layout=layout, workers=workers)
+            assert_same_bits(rows, reference(images[:, ::2], *IMAGENET, dtype, layout), (count, workers))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("gpufgbg-normalise")]
+
+
 @pytest.mark.parametrize(
     ("option", "values"),
     {
@@ -165,6 +181,7 @@ def test_into_an_array_of_the_callers(engine):
         "std": (0, -1, (1, 1, 0), "x", (1, 2), float("inf"), 1e-320),
         "dtype": ("float64", None, np.float32),
         "layout": ("CHW", None, 3),
+        "workers": (0, -1, 1025, None, "2", 1.5),
         "out": (np.empty((1, 3, 4, 4), np.float64), np.empty((1, 4, 4, 3), np.float32), [1]),
     }.items(),
 )

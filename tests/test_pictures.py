@@ -19,7 +19,7 @@ from oracle import jpeg
 from PIL import Image
 
 from gpufgbg import InputError, Recipe, prepare
-from gpufgbg.pictures import PictureError, list_pictures, quiet_decoding, read_picture
+from gpufgbg.pictures import PictureError, _start_of_frame, has_end, list_pictures, quiet_decoding, read_picture
 
 WIDTH, HEIGHT = 9, 6
 _RNG = np.random.default_rng(11)
@@ -454,6 +454,38 @@ def test_missing_end_is_seen_in_a_jpeg_with_a_thumbnail(tmp_path: Path) -> None:
     read(tmp_path, "a.jpg", data)
     with pytest.raises(PictureError, match=r"^damaged or truncated JPEG: its end is not there"):
         read(tmp_path, "a.jpg", data[:-2])
+
+
+def test_an_end_at_the_very_end_counts_as_one_behind_the_frame() -> None:
+    """Cut anywhere, also where the end of a thumbnail, in front of the frame, is the last that is left."""
+    whole, thumbnail = encoded(COLOUR, "JPEG"), encoded(COLOUR[:2, :2], "JPEG")
+    held = b"Exif\0\0" + thumbnail
+    files = [
+        whole[:2] + b"\xff\xe1" + struct.pack(">H", 2 + size) + held + b"\0" * (size - len(held)) + whole[2:]
+        for size in (len(held), len(held) + 9)  # nothing, or something behind the thumbnail
+    ]
+    files += [
+        whole,
+        b"\xff\xd8\xff\xd9",
+        b"\xff\xd9",
+        whole + b"behind it",
+        whole[:-2] + b"\xff\xff\xd9",
+        thumbnail * 2,
+    ]
+    told = set()
+    for file in files:
+        for size in range(len(file) + 1):
+            data = file[:size]
+            end = data.find(b"\xff\xd9", _start_of_frame(data)[1]) >= 0
+            assert has_end(data, "JPEG") == end
+            told.add((end, data.endswith(b"\xff\xd9"), _start_of_frame(data)[0] is not None))
+    assert told == {(False, False, False), (False, False, True), (True, False, False), (True, False, True),
+                    (True, True, False), (True, True, True)}  # fmt: skip
+    # what is cut right behind its thumbnail has no frame, which decoding tells
+    cut = files[0][: files[0].index(thumbnail) + len(thumbnail)]
+    assert cut.endswith(b"\xff\xd9") and has_end(cut, "JPEG") and _start_of_frame(cut) == (None, 0)
+    with pytest.raises(OSError):
+        Image.open(io.BytesIO(cut)).load()
 
 
 @pytest.mark.parametrize("name", CUT_OFF)

@@ -35,7 +35,9 @@ from gpufgbg import (
 )
 from gpufgbg.backends import cuda
 from gpufgbg.backends.cpu import encode_jpeg, reconstruct_jpeg
+from gpufgbg.integrations.convert import Conversion
 from gpufgbg.layout import Layout
+from gpufgbg.normalise import normalise
 from gpufgbg.shuffle import Permutation
 
 RECIPE = Recipe(size=(61, 47), foreground_height=20, per_pair=3, seed=4)
@@ -465,6 +467,46 @@ def test_reused_arrays_are_valid_as_long_as_told(compositor, reuse):
             np.testing.assert_array_equal(kept.image, expected.image)
             np.testing.assert_array_equal(kept.mask, expected.mask)
     assert len(buffers) == reuse + 3
+
+
+@pytest.mark.parametrize("reuse", [0, 1, 2, 5])
+@pytest.mark.parametrize(("layout", "dtype"), [("float NCHW", "float32"), ("float NHWC", "bfloat16")])
+def test_normalised_arrays_are_valid_as_long_as_told(compositor, monkeypatch, reuse, layout, dtype):
+    monkeypatch.setattr("gpufgbg.normalise._SHARE", 10_000)
+    values = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    conversions = [Conversion(layout, dtype=dtype, **values), Conversion(layout, dtype=dtype, std=0.5)]
+    part, held, buffers = stream(compositor, batch_size=7, reuse=reuse, prefetch=3), [], set()
+    for step in range(60):
+        if step == 31:
+            part.set_epoch(9)
+        if step == 43:
+            part.load_state_dict({**part.state_dict(), "position": 80})
+        batch = next(part)
+        images = [conversion.arrays(batch)["image"] for conversion in conversions]
+        buffers.update(image.ctypes.data for image in images)
+        held = [*held, (batch.index, images)][-(reuse or 3) :]
+        for index, kept in held:
+            for conversion, image in zip(conversions, kept, strict=True):
+                own = compositor.render(index).image
+                own = normalise(own, conversion.mean, conversion.std, dtype=dtype, layout=layout.split()[1])
+                np.testing.assert_array_equal(image, own)
+                assert image.dtype == own.dtype and image.flags.c_contiguous and image.ctypes.data % 64 == 0
+    assert not reuse or len(buffers) == 2 * reuse
+    part.close()
+    again = conversions[0].arrays(batch)["image"]
+    np.testing.assert_array_equal(again, images[0])
+    assert np.shares_memory(again, images[0]) == bool(reuse)
+
+
+def test_a_ring_that_begins_with_a_short_batch(compositor):
+    part = stream(compositor, batch_size=40, reuse=1, start=80, shuffle=False)
+    conversion, sizes = Conversion("float NCHW"), []
+    for _ in range(4):
+        batch = next(part)
+        found = conversion.arrays(batch)["image"]
+        np.testing.assert_array_equal(found, normalise(compositor.render(batch.index).image))
+        sizes.append(len(found))
+    assert sizes == [10, 40, 40, 10]
 
 
 def test_fresh_arrays_belong_to_the_caller(compositor):

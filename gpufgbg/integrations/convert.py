@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gpufgbg.depth.processing import Triple
 from gpufgbg.exceptions import OptionError
@@ -100,8 +101,10 @@ class Conversion:
             if not hasattr(image, "__cuda_array_interface__"):
                 n, height, width, _ = image.shape
                 shape = (n, 3, height, width) if order == "NCHW" else image.shape
-                out = aligned(shape, np.uint16 if self.is_bfloat16 else self.dtype)
-            image = normalise(image, self.mean, self.std, dtype=self.dtype, layout=order, out=out)
+                out = self._room(batch, shape, np.uint16 if self.is_bfloat16 else self.dtype)
+            image = normalise(
+                image, self.mean, self.std, dtype=self.dtype, layout=order, out=out, workers=batch._workers
+            )
         found = {"image": image, "mask": batch.mask, "index": batch.index}
         if batch.depth is not None:
             found.update(depth=batch.depth.grey, depth_range=batch.depth.range)
@@ -111,3 +114,14 @@ class Conversion:
             found.update((name, getattr(batch.device_labels, name)) for name in _LABELS)
             found["boxes"] = batch.boxes
         return found
+
+    def _room(self, batch: StreamBatch, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """An array for the batch's images: a new one or, of a stream that uses its own again, this turn's."""
+        if batch._room is None:
+            return aligned(shape, dtype)
+        values = (np.broadcast_to(np.asarray(v, np.float64), 3).tobytes() for v in (self.mean, self.std))
+        key = (self.layout, self.dtype, *values)  # another conversion of the same batch has its own
+        kept = batch._room.get(key)
+        if kept is None or len(kept) < len(batch):
+            kept = batch._room[key] = aligned(shape, dtype)
+        return kept[: len(batch)]
