@@ -65,5 +65,5 @@ def stream(work: StreamWork, device: str, workers: int) -> Job:
 
 RIVAL = Contender(
     "PyTorch DataLoader + Pillow", ("torch",), "torch",
-    {"stream": (Offer(stream, ("cpu", "cuda"), missing=torch_missing),)},
+    {"stream": (Offer(stream, ("cpu", "cuda"), all_cores=True, missing=torch_missing),)},
 )  # fmt: skip

@@ -134,13 +134,13 @@ def run(options: BenchOptions, tell: Tell) -> Results:
     Raises
     ------
     OptionError
-        The folder has results of another machine.
+        The folder has results of another machine or scale.
     DeviceError
         The suites or pytest are missing.
     """
     folder = suites_folder()
     path = options.out / RESULTS_FILE
-    results = Results.open(path, describe(options.device))
+    results = Results.open(path, describe(options.device), options.scale)
     with storage_errors(options.out):
         (options.out / "logs").mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".work-", dir=options.out))
