@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from gpufgbg.benchmarks import plots
-from gpufgbg.benchmarks.results import Results, Row, by_work
+from gpufgbg.benchmarks.results import WHOLE_JOBS, Results, Row, by_work
 from gpufgbg.benchmarks.runner import SUITES, per_second, percent, times
 from gpufgbg.files import storage_errors, write_atomic
 
 __all__ = [
     "REASONS",
     "TITLES",
-    "WHOLE_JOBS",
     "Duel",
     "absent_table",
     "against",
@@ -40,9 +39,6 @@ TITLES = {
     "stats": "Mean and standard deviation of files",
 }
 
-
-#: suites whose calls have a start and an end of their own: rates of different sizes can't be compared
-WHOLE_JOBS = ("pipeline", "stats")
 
 _ONE_LOCK = (
     "reading and counting held one interpreter's lock in the published run at 0c73e80; helper processes came since "

@@ -15,13 +15,15 @@ from typing import Any
 from gpufgbg.exceptions import InputError, OptionError, printable
 from gpufgbg.files import storage_errors, write_atomic
 
-__all__ = ["FORMAT", "STATES", "Results", "Row", "by_work", "identity"]
+__all__ = ["FORMAT", "STATES", "WHOLE_JOBS", "Results", "Row", "by_work", "identity"]
 
 FORMAT = 1  # of the file; raise it where older files can't be read any more
 STATES = ("measured", "absent", "failed")
 LEAST_NOISE = 0.03  # two runs of the same code differ by as much on a quiet machine
 NOTCH_ROUNDS = 5  # from which the middle half says how far a median may be off
 UNKNOWN_NOISE = 0.1  # of a single round
+#: suites whose calls have a start and an end of their own: rates of different sizes can't be compared
+WHOLE_JOBS = ("pipeline", "stats")
 
 Key = tuple[str, str, str, str]
 
@@ -311,6 +313,11 @@ class Results:
                 raise ValueError(f"a row is of run {number} of {len(self.runs)}")
 
     @property
+    def scales(self) -> list[str]:
+        """Of the runs that rows are left of; one, but for files that were put together by hand."""
+        return sorted({self.runs[run]["scale"] for run in self.used_runs})
+
+    @property
     def used_runs(self) -> list[int]:
         """The runs that rows are left of, in order."""
         return sorted({row.run for row in self.rows.values()} | {entry["run"] for entry in self.profile})
@@ -334,12 +341,10 @@ class Results:
             raise OptionError(
                 "out", f"{printable(path)} has results of {there}, this is {here}: choose another folder"
             )
-        others = {found.runs[run]["scale"] for run in found.used_runs} - {scale}
-        if scale is not None and others:
+        if scale is not None and (others := [name for name in found.scales if name != scale]):
             raise OptionError(
                 "out",
-                f"{printable(path)} has results of scale {', '.join(sorted(others))}, this run is {scale}: choose "
-                "another folder",
+                f"{printable(path)} has results of scale {', '.join(others)}, this is {scale}: choose another folder",
             )
         # What one run could not find out, another may have.
         found.machine = found.machine | {name: value for name, value in machine.items() if value is not None}
