@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gpufgbg.benchmarks import plots
+from gpufgbg.benchmarks.duels import Duel, comparable, duels
+from gpufgbg.benchmarks.profile import BATCH
 from gpufgbg.benchmarks.results import WHOLE_JOBS, Results, Row, by_work
 from gpufgbg.benchmarks.runner import SUITES, per_second, percent, times
 from gpufgbg.files import storage_errors, write_atomic
@@ -17,8 +19,6 @@ __all__ = [
     "TITLES",
     "Duel",
     "absent_table",
-    "against",
-    "comparable",
     "duels",
     "kernels_table",
     "report",
@@ -61,65 +61,6 @@ REASONS = {
         "sample are spent under one interpreter's lock, which Pillow's processes don't share"
     ),
 }
-
-
-class Duel:
-    """A rival against the best of ours at the same work on the same kind of device.
-
-    Attributes
-    ----------
-    ours, rival : Row
-    """
-
-    def __init__(self, ours: Row, rival: Row) -> None:
-        self.ours = ours
-        self.rival = rival
-
-    @property
-    def ratio(self) -> float:
-        """Our rate over the rival's."""
-        return self.ours.rate / self.rival.rate
-
-    @property
-    def noise(self) -> float:
-        """How far the ratio may be from the true one: what both medians may be off by."""
-        return self.ours.uncertainty + self.rival.uncertainty
-
-    @property
-    def verdict(self) -> str:
-        """``ours``, ``rival`` or ``even``, within the noise."""
-        if self.ratio > 1 + self.noise:
-            return "ours"
-        return "rival" if self.ratio < 1 / (1 + self.noise) else "even"
-
-
-def duels(results: Results) -> list[Duel]:
-    """Every rival that was measured beside us on the same kind of device, each against the best of ours there.
-
-    One of one thread is set against ours of one thread where there is one, any other against ours of several. Whole
-    jobs must be of the same size. Rows that are set aside take no part.
-    """
-    found = []
-    for suite in SUITES[1:]:
-        for rows in by_work(results.of_suite(suite)).values():
-            for rival in rows:
-                if not rival.ours and (duel := against(rival, [row for row in rows if row.device == rival.device])):
-                    found.append(duel)
-    return found
-
-
-def against(rival: Row, rows: Iterable[Row]) -> Duel | None:
-    """The duel of a rival with the best of ours among ``rows``, as `duels` counts them; None where there is none."""
-    own = [row for row in rows if row.ours and comparable(row, rival)]
-    alike = [row for row in own if row.alone == rival.alone] or own
-    return Duel(max(alike, key=lambda row: row.rate), rival) if alike else None
-
-
-def comparable(one: Row, other: Row) -> bool:
-    """Whether two rows of a work can be set against each other."""
-    if not (one.measured and other.measured) or one.aside or other.aside:
-        return False
-    return one.suite not in WHOLE_JOBS or one.count == other.count
 
 
 def write(results: Results, folder: Path, stem: str, heading: str = "gpufgbg bench") -> tuple[Path, str]:
@@ -168,7 +109,7 @@ def report(results: Results, pictures: Sequence[str] = (), heading: str = "gpufg
     if curves:
         parts += ["## Cost against size", _curve_table(results, curves)]
     if results.profile:
-        parts += ["## Our kernels under the profiler", kernels_table(results)]
+        parts += ["## Our kernels under the profiler", _KERNELS_LEGEND, kernels_table(results)]
     failed = [row for row in results.rows.values() if row.status == "failed"]
     if failed:
         lines = [f"- {row.work}: {row.name} ({row.device}): {row.reason}" for row in failed]
@@ -246,7 +187,8 @@ def _summary(results: Results, rows: list[Row], device: str, remarks: dict[str, 
     share = _share(results, best)
     if share.endswith(_OVER):
         remarks[_OVER_MEANS] = None
-    rate = f"{_rate(best)}{_threads(best)}"
+    size = f" of {best.count:,.0f}" if best.suite in WHOLE_JOBS else ""
+    rate = f"{_rate(best)}{size}{_threads(best)}"
     if best.aside:
         return [rate, "" if top is None else _who(top, device), f"not compared: {best.aside}", ""]
     if top is None:
@@ -254,7 +196,7 @@ def _summary(results: Results, rows: list[Row], device: str, remarks: dict[str, 
     rival = _who(top, device)
     duels_with_top = [Duel(row, top) for row in fit if comparable(row, top)]
     if not duels_with_top:
-        return [rate, rival, f"not compared: {best.count:,.0f} {best.unit} against {top.count:,.0f}", share]
+        return [rate, rival, f"not compared: the rival made {top.count:,.0f}", share]
     duel = max(duels_with_top, key=lambda duel: duel.ratio)
     ratio = times(duel.ratio)
     if duel.verdict != "ours":
@@ -370,6 +312,16 @@ def _curve_table(results: Results, rows: Iterable[Row]) -> str:
         cells = (row.work, row.name, row.device, _duration(row.median), _rate(row), row.aside)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+_KERNELS_LEGEND = (
+    f"Every launch works on {BATCH} samples of 224x224, as many as the pipeline makes at a time. A kernel that is "
+    "there more than once was launched for composites and masks, or for each chroma subsampling. *Time* and counters "
+    "are Nsight Compute's, with the card's caches flushed before and its clocks left alone. *Device memory* is what "
+    "was moved a second, read and written; *of its bandwidth*, *of instruction issue*, *shared memory* and *L2* are "
+    "shares of what each unit can do at most. *Bound by*: device memory from 60 % of its peak, else the busiest unit "
+    "from 60 %, else what keeps all of them idle."
+)
 
 
 def kernels_table(results: Results) -> str:

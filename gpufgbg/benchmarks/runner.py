@@ -195,7 +195,8 @@ def line(results: Results, row: Row) -> str:
 def per_second(rate: float, unit: str = "") -> str:
     """A rate with three digits: ``17.7 M pairs/s``, ``4.25 TB/s``."""
     found = next(
-        ((f, p) for f, p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if rate >= 0.9995 * f), (1, "")
+        ((f, p) for f, p in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if rate >= 0.9995 * f),
+        (1, ""),
     )
     number = f"{rate / found[0]:.3g} {found[1]}".rstrip()
     if unit in ("B", "flop"):
