@@ -255,9 +255,10 @@ class StreamWork:
         self.steps = count // self.batch
 
     @classmethod
-    def whole(cls, count: int) -> int:
-        """Samples of whole batches, as near ``count`` as there are any."""
-        return count if count < cls.BATCH else count // cls.BATCH * cls.BATCH
+    def whole(cls, count: int, together: int = 1) -> int:
+        """Samples of whole batches, as near ``count`` as there are any, in a multiple of ``together``."""
+        step = cls.BATCH * together
+        return count if count < cls.BATCH else max(1, count // step) * step
 
     def needs(self, device: str) -> dict[str, float]:
         """Every value of the batches is written once."""
