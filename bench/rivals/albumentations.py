@@ -52,4 +52,4 @@ def render(work: RenderWork, device: str, workers: int) -> Job:
     )  # fmt: skip
 
 
-RIVAL = Contender("albumentations", ("albumentations",), "albumentations", {"render": (Offer(render, threads=True),)})
+RIVAL = Contender("albumentations", ("albumentations",), "albumentations", {"render": (Offer(render),)})
