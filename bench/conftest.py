@@ -135,7 +135,7 @@ def measure(request: pytest.FixtureRequest, settings: Settings) -> Callable[...,
             job.close()
         row = Row(
             **case.row, seconds=tuple(times), clock=job.clock, needs=work.needs(case.device.partition(":")[0]),
-            check=checked, note=job.note,
+            check=checked, note=job.note, aside=job.aside,
         )  # fmt: skip
         request.node.stash[_ROW] = row
 
@@ -151,8 +151,7 @@ def _time(
     turn = itertools.cycle(range(turns))
     together, most, least = 1, settings.scale.seconds, settings.scale.least_rounds
     if rounds is None:
-        once = _seconds(lambda: job.run(next(turn)), job.clock)  # warm-up too
-        if once < most:
+        for _ in range(2):  # the first call warms up, so it is the second one that says how many rounds fit
             once = _seconds(lambda: job.run(next(turn)), job.clock)
         if job.clock == EVENTS:
             together = max(1, min(1000, round(_EVENT_SECONDS / once)))

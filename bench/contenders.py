@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from multiprocessing import get_context
 from typing import Any
 
 from gpufgbg.backends import cuda
@@ -18,7 +19,7 @@ from gpufgbg.compositor import default_workers
 
 __all__ = [
     "EVENTS", "HOST", "SYNCHRONISED", "Case", "Contender", "Job", "Offer", "Tolerance", "Unsupported", "cases",
-    "in_threads", "why_no_card",
+    "in_threads", "started_processes", "why_no_card",
 ]  # fmt: skip
 
 #: how time is taken: on the host; between two events of the card's current stream; on the host, waiting for the card
@@ -60,6 +61,8 @@ class Job:
     clock : str
     note : str
     tolerance : Tolerance
+    aside : str
+        As in `Row`: why the row is not set against others.
     close : callable
         Frees what the job holds.
     """
@@ -69,6 +72,7 @@ class Job:
     clock: str = HOST
     note: str = ""
     tolerance: Tolerance = field(default_factory=Tolerance)
+    aside: str = ""
     close: Callable[[], None] = lambda: None
 
 
@@ -81,9 +85,11 @@ class Offer:
     make : callable
         ``make(work, device, workers)`` gives the `Job`.
     devices : tuple of str
-        Best last. Only our own offers run on all of them; a rival's on the best that there is.
+        On all of them where there is a card, else on the CPU alone.
     threads : bool
         On the CPU, a row with one thread and one with as many as there are cores.
+    all_cores : bool
+        Whether it takes all cores by itself, on the CPU; else it takes one, or as many as it has threads.
     variant : str
         Tells rows of one contender apart.
     compiled : bool
@@ -95,6 +101,7 @@ class Offer:
     make: Callable[[Any, str, int], Job]
     devices: tuple[str, ...] = ("cpu",)
     threads: bool = False
+    all_cores: bool = False
     variant: str = ""
     compiled: bool = False
     missing: Callable[[str], str | None] = lambda device: None
@@ -189,6 +196,7 @@ class Case:
         return {
             "suite": self.suite, "work": self.work, "name": self.name, "device": self.device.partition(":")[0],
             "ours": self.contender.ours, "unit": self.unit, "count": self.size, "curve": self.curve,
+            "workers": self.workers if self.device == "cpu" and self.suite != "limits" else 0,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -205,11 +213,15 @@ def cases(
             devices = [d for d in offer.devices if d in allowed]
             if offer.compiled and not compiled:
                 continue
-            if not contender.ours and len(devices) > 1:
-                devices = ["cpu" if why_no_card(card) else "cuda"]
+            if not contender.ours and len(devices) > 1 and why_no_card(card):
+                devices = ["cpu"]  # that there is no card is said by those that need one
             for where in devices:
-                several = offer.threads and where == "cpu" and default_workers() > 1
-                for workers in (1, default_workers()) if several else (1,):
+                counts = [1]
+                if where == "cpu" and offer.all_cores:
+                    counts = [default_workers()]
+                elif where == "cpu" and offer.threads and default_workers() > 1:
+                    counts = [1, default_workers()]
+                for workers in counts:
                     yield contender, offer, card if where == "cuda" else "cpu", workers
 
 
@@ -227,3 +239,25 @@ def in_threads(function: Callable[[int, int], Any], count: int, chunk: int, work
     else:
         for _ in _pool(workers).map(lambda cut: function(*cut), cuts):
             pass
+
+
+_START_S = 100.0  # for all processes of a pool
+
+
+def _start(barrier: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    function(*arguments)
+    barrier.wait(_START_S)
+
+
+def _nothing(*_: Any) -> None:
+    """What a process has to do to be there."""
+
+
+def started_processes(workers: int, function: Callable[..., Any] = _nothing, *arguments: Any) -> ProcessPoolExecutor:
+    """A pool whose processes are all there, each having called ``function(*arguments)``: no start is timed."""
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start, (context.Barrier(workers), function, arguments))
+    # None is free before all have started, so every call starts one more.
+    for future in [pool.submit(_nothing) for _ in range(workers)]:
+        future.result()
+    return pool

@@ -203,16 +203,18 @@ def pytorch_compiled(work: DepthWork, device: str, workers: int) -> Job:
 
 _BOTH = ("cpu", "cuda")
 CONTENDERS = (
-    Contender("gpufgbg", (), "gpufgbg", {"depth": (Offer(ours, _BOTH, missing=_no_runtime),)}, ours=True),
+    Contender(
+        "gpufgbg", (), "gpufgbg", {"depth": (Offer(ours, _BOTH, all_cores=True, missing=_no_runtime),)}, ours=True
+    ),
     Contender(
         "ONNX Runtime", ("onnxruntime", "onnx"), "'gpufgbg[depth]'",
-        {"depth": (Offer(onnx_runtime, ("cpu",)), Offer(onnx_runtime, ("cuda",), missing=_no_cuda_provider))},
+        {"depth": (Offer(onnx_runtime, all_cores=True), Offer(onnx_runtime, ("cuda",), missing=_no_cuda_provider))},
     ),
     Contender(
         "PyTorch", ("torch",), "torch",
         {
             "depth": (
-                Offer(pytorch, _BOTH, variant="eager", missing=torch_missing),
+                Offer(pytorch, _BOTH, all_cores=True, variant="eager", missing=torch_missing),
                 Offer(pytorch_compiled, ("cuda",), variant="compiled", compiled=True, missing=torch_missing),
             )
         },

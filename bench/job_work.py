@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import HOST, Contender, Job, Offer, Tolerance, Unsupported, in_threads
+from contenders import HOST, Contender, Job, Offer, Tolerance, Unsupported, in_threads, started_processes
 from PIL import Image
 from pillow_recipe import PillowRecipe
 from rivals.pytorch import torch_missing
@@ -173,13 +171,13 @@ def pillow_all(work: DatasetWork, device: str, workers: int) -> Job:
 
 
 DATASETS = (
-    Contender("gpufgbg", (), "gpufgbg", {"pipeline": (Offer(_dataset, BOTH),)}, ours=True),
+    Contender("gpufgbg", (), "gpufgbg", {"pipeline": (Offer(_dataset, BOTH, all_cores=True),)}, ours=True),
     Contender(
         "Pillow", ("PIL",), "pillow",
         {
             "pipeline": (
                 Offer(pillow_one, variant="1 process"),
-                Offer(pillow_all, variant=f"{default_workers()} processes"),
+                Offer(pillow_all, all_cores=True, variant=f"{default_workers()} processes"),
             )
         },
     ),
@@ -252,7 +250,7 @@ def _from_sums(parts: list[tuple[int, np.ndarray, np.ndarray]]) -> list[float]:
 
 
 def _pillow_statistics(work: StatisticsWork, processes: int) -> Job:
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    pool = started_processes(processes)
 
     def run(turn: int) -> list[float]:
         futures = []
@@ -335,7 +333,7 @@ STATISTICS = (
         {
             "stats": (
                 Offer(statistics_one, variant="1 process"),
-                Offer(statistics_all, variant=f"{default_workers()} processes"),
+                Offer(statistics_all, all_cores=True, variant=f"{default_workers()} processes"),
             )
         },
     ),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import EVENTS, Contender, Job, Offer, in_threads
+from contenders import EVENTS, Contender, Job, Offer, in_threads, started_processes
 from rivals.pytorch import torch_missing
 from settings import Settings
 
@@ -20,8 +18,8 @@ from gpufgbg.files import sync_file_system
 
 __all__ = ["LIMITS", "LimitWork"]
 
-FILE_BYTES = 14_000  # a composite's JPEG file
-_SIDE = {"cpu": 2048, "cuda": 8192}  # of matrices
+FILE_BYTES = 13_900, 1_900  # JPEG files of a composite and of its mask, in turns
+_SIDE = 8192  # of matrices: much smaller ones don't keep many cores busy
 
 
 class LimitWork:
@@ -46,8 +44,10 @@ class LimitWork:
     @property
     def side(self) -> int:
         """Of the matrices."""
-        small = self.settings.scale.limit_bytes < 64 << 20
-        return _SIDE["cpu" if "host" in self.kind else "cuda"] // (8 if small else 1)
+        given = self.settings.scale.limit_bytes
+        if "host" in self.kind and given < 1 << 30:
+            return _SIDE // (4 if given >= 64 << 20 else 32)
+        return _SIDE // (8 if given < 64 << 20 else 1)
 
     def needs(self, device: str) -> dict[str, float]:
         """A limit needs itself."""
@@ -156,15 +156,15 @@ def disk_write(work: LimitWork, device: str, workers: int) -> Job:
 
 def _write_files(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
-    data = np.random.default_rng(0).integers(0, 256, FILE_BYTES, np.uint8).tobytes()
+    data = [np.random.default_rng(0).integers(0, 256, size, np.uint8).tobytes() for size in FILE_BYTES]
     for number in range(count):
-        (folder / f"{number:06d}.jpg").write_bytes(data)
+        (folder / f"{number:06d}.jpg").write_bytes(data[number % len(data)])
 
 
 def small_files(work: LimitWork, device: str, workers: int) -> Job:
-    """New files of a composite's size, one process a core, a folder each, to the file system's sync."""
+    """New files of a composite's and a mask's size in turns, one process and folder a core, to the sync."""
     root, workers = work.settings.work / "limit-files", default_workers()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    pool = started_processes(workers)
     made = iter(range(10**6))
 
     def run(turn: int) -> None:
@@ -176,7 +176,7 @@ def small_files(work: LimitWork, device: str, workers: int) -> Job:
     def written(turn: int) -> str:
         run(turn)
         assert sum(1 for _ in root.rglob("*.jpg")) == work.size
-        return f"{work.size:,} files of {FILE_BYTES:,} bytes"
+        return f"{work.size:,} files of {' and '.join(f'{size:,}' for size in FILE_BYTES)} bytes in turns"
 
     def close() -> None:
         pool.shutdown()

@@ -22,20 +22,22 @@ BOTH = ("cpu", "cuda")
 
 
 def render(work: RenderWork, device: str, workers: int) -> Job:
-    """On the CPU like its pipeline: a few frames at a time, used again. On a card into frames that take turns."""
+    """Into frames of each sample's own, which hold nothing yet; on a card those of several calls take turns."""
     backend = work.compositor.backend
     if device == "cpu":
+        composites, masks = backend.frames(work.count)
 
         def run(turn: int) -> None:
             placements = work.batches[turn]
-            in_threads(
-                lambda start, stop: backend.render_reusing(placements[start:stop], BATCH), work.count, BATCH, workers
-            )
+
+            def part(start: int, stop: int) -> None:
+                backend.render(placements[start:stop], composites[start:stop], masks[start:stop])
+
+            in_threads(part, work.count, BATCH, workers)
 
         def output(turn: int, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            placements = work.compositor.plan.placements(work.batches[turn].index[picks])
-            images, masks, _ = backend.render_reusing(placements, len(picks))
-            return images.copy(), masks.copy()
+            run(turn)
+            return composites[picks], masks[picks]
 
         return Job(run, output)
     frames = [backend.frames(work.count)]
@@ -55,14 +57,32 @@ def render(work: RenderWork, device: str, workers: int) -> Job:
     return Job(render_next, fetch, EVENTS)
 
 
+def render_reusing(work: RenderWork, device: str, workers: int) -> Job:
+    """Like its pipeline on the CPU: a few frames at a time, used again for the next samples of their background."""
+    backend = work.compositor.backend
+
+    def run(turn: int) -> None:
+        placements = work.batches[turn]
+        in_threads(
+            lambda start, stop: backend.render_reusing(placements[start:stop], BATCH), work.count, BATCH, workers
+        )
+
+    def output(turn: int, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        placements = work.compositor.plan.placements(work.batches[turn].index[picks])
+        images, masks, _ = backend.render_reusing(placements, len(picks))
+        return images.copy(), masks.copy()
+
+    return Job(run, output, aside="its frames keep their background, which others write for each sample")
+
+
 def encode(work: EncodeWork, device: str, workers: int) -> Job:
-    """`JpegEncoder`; on a card the files stay there, as one buffer."""
+    """`JpegEncoder`, as many pictures a task as the pipeline's; on a card the files stay there, as one buffer."""
     if device == "cpu":
         encoder = JpegEncoder(65, "420", True, "cpu")
 
         def run(turn: int) -> None:
             pictures = work.batches[turn]
-            in_threads(lambda start, stop: encoder.encode(pictures[start:stop]), work.count, 8, workers)
+            in_threads(lambda start, stop: encoder.encode(pictures[start:stop]), work.count, BATCH, workers)
 
         return Job(run, lambda turn, picks: list(encoder.encode(work.batches[turn][picks])))
     encoder = JpegEncoder(65, "420", True, device)
@@ -115,10 +135,13 @@ def stream_of(work: StreamWork, device: str, workers: int) -> Job:
 OURS = Contender(
     "gpufgbg", (), "gpufgbg",
     {
-        "render": (Offer(render, BOTH, threads=True),),
+        "render": (
+            Offer(render, BOTH, threads=True),
+            Offer(render_reusing, threads=True, variant="frames used again"),
+        ),
         "encode": (Offer(encode, BOTH, threads=True),),
         "moments": (Offer(moments_of, BOTH, threads=True),),
-        "stream": (Offer(stream_of, BOTH),),
+        "stream": (Offer(stream_of, BOTH, all_cores=True),),
     },
     ours=True,
 )  # fmt: skip

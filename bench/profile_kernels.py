@@ -15,11 +15,10 @@ import numpy as np
 
 from gpufgbg import Compositor, JpegEncoder, Recipe, prepare
 from gpufgbg.backends import cuda
+from gpufgbg.benchmarks.profile import BATCH
 from gpufgbg.depth.processing import postprocess, preprocess
 from gpufgbg.normalise import DTYPES, LAYOUTS, normalise
 from gpufgbg.sample_assets import write_sample_assets
-
-BATCH = 668  # samples that gpufgbg.cuda_pipeline makes at a time, of 224x224
 
 
 def launch_all(compositor: Compositor, batch: int) -> None:

@@ -17,7 +17,7 @@ class Scale:
     pairs, card_pairs : int
         Samples a call renders.
     pictures, card_pictures : int
-        Pictures a call encodes or counts.
+        Pictures a call encodes or counts; on the CPU in several threads, times half their number (`threaded`).
     slow_pictures : int
         Most pictures a call of a contender that makes thousands of calls for them.
     sizes, card_sizes : tuple of int
@@ -26,6 +26,8 @@ class Scale:
         Samples of a whole ``gpufgbg generate``; a fifth of them by a single process of Pillow.
     job_sizes, card_job_sizes : tuple of int
         The same, for the plot.
+    job_rounds : int
+        Rounds of such a job, and of its statistics in a full run; five at least tell how far a median may be off.
     stats : int
         Samples of the data set that is decoded; a fifth of them by a single thread or process.
     stream : int
@@ -53,6 +55,7 @@ class Scale:
     card_job: int
     job_sizes: tuple[int, ...]
     card_job_sizes: tuple[int, ...]
+    job_rounds: int
     stats: int
     stream: int
     depth: int
@@ -63,19 +66,23 @@ class Scale:
     limit_bytes: int
     compiled: bool
 
+    def threaded(self, workers: int) -> int:
+        """Pictures a call of so many threads encodes or counts, so that it doesn't get short where there are many."""
+        return self.pictures * max(1, min(workers, 16) // 2)
+
 
 SCALES = {
     "full": Scale(
         pairs=4000, card_pairs=8000, pictures=1000, card_pictures=4000, slow_pictures=400,
         sizes=(16, 128, 1024, 4096), card_sizes=(1, 16, 128, 1024, 8192),
-        job=20_000, card_job=100_000, job_sizes=(1000, 5000), card_job_sizes=(1000, 10_000),
+        job=20_000, card_job=100_000, job_sizes=(1000, 5000), card_job_sizes=(1000, 10_000), job_rounds=5,
         stats=20_000, stream=100_000, depth=224, card_depth=448, depth_pictures=64,
         least_rounds=5, seconds=0.6, limit_bytes=2 << 30, compiled=True,
     ),
     "quick": Scale(
         pairs=600, card_pairs=4000, pictures=96, card_pictures=1000, slow_pictures=200,
         sizes=(16, 128, 1024), card_sizes=(16, 256, 4096),
-        job=2000, card_job=20_000, job_sizes=(500,), card_job_sizes=(5000,),
+        job=2000, card_job=20_000, job_sizes=(500,), card_job_sizes=(5000,), job_rounds=1,
         stats=300, stream=5000, depth=64, card_depth=448, depth_pictures=64,
         least_rounds=3, seconds=0.3, limit_bytes=256 << 20, compiled=False,
     ),
@@ -83,7 +90,7 @@ SCALES = {
     "tiny": Scale(
         pairs=40, card_pairs=40, pictures=10, card_pictures=10, slow_pictures=10,
         sizes=(16,), card_sizes=(16,),
-        job=40, card_job=40, job_sizes=(), card_job_sizes=(),
+        job=40, card_job=40, job_sizes=(), card_job_sizes=(), job_rounds=1,
         stats=40, stream=640, depth=32, card_depth=32, depth_pictures=2,
         least_rounds=1, seconds=0.0, limit_bytes=4 << 20, compiled=False,
     ),

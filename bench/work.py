@@ -27,6 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 PICKS = 24  # samples of a batch that are judged
+_LARGE = 512 << 20
 _SAMPLES = 100_000  # of the data set that batches are taken from
 RECIPE = Recipe()
 #: of ImageNet, as training loops normalise
@@ -58,9 +59,9 @@ def recipe_for(assets: Assets, samples: int) -> Recipe:
 
 
 def rotating(settings: Settings, device: str, batch_bytes: int, most: int = 1024) -> int:
-    """Batches that take turns, so that together they are larger than twice the card's L2 cache; on the CPU, 3."""
+    """Batches that take turns, together larger than twice the card's L2 cache; on the CPU, 3 or 2."""
     if device == "cpu":
-        return 3
+        return 3 if batch_bytes < _LARGE else 2  # a large one is no longer in a cache when its turn comes
     import cupy
 
     cache = cupy.cuda.Device(int(device.partition(":")[2])).attributes["L2CacheSize"]
@@ -254,9 +255,10 @@ class StreamWork:
         self.steps = count // self.batch
 
     @classmethod
-    def whole(cls, count: int) -> int:
-        """Samples of whole batches, as near ``count`` as there are any."""
-        return count if count < cls.BATCH else count // cls.BATCH * cls.BATCH
+    def whole(cls, count: int, together: int = 1) -> int:
+        """Samples of whole batches, as near ``count`` as there are any, in a multiple of ``together``."""
+        step = cls.BATCH * together
+        return count if count < cls.BATCH else max(1, count // step) * step
 
     def needs(self, device: str) -> dict[str, float]:
         """Every value of the batches is written once."""

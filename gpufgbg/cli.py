@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -281,7 +281,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--profile", action="store_true", help="our kernels under Nsight Compute (ncu), too")
     _add_json(bench)
     bench.set_defaults(run=_bench)
-    tasks = bench.add_subparsers(dest="task", metavar="compare", help="in place of measuring: compare two results")
+    tasks = bench.add_subparsers(dest="task", metavar="compare|report", help="in place of measuring")
     compare = tasks.add_parser(
         "compare",
         help="two files of results against each other",
@@ -290,7 +290,15 @@ def _add_bench(commands: Any) -> None:
     )
     compare.add_argument("old", metavar="OLD.json", help="results.json of a run")
     compare.add_argument("new", metavar="NEW.json", help="results.json of a later one, on the same machine")
+    compare.add_argument("--force", action="store_true", help="compare other machines or scales, too")
     compare.set_defaults(run=_bench_compare)
+    again = tasks.add_parser(
+        "report",
+        help="write report.md and pictures again",
+        description="Write report.md and the pictures of a folder of results again, as after a run.",
+    )
+    again.add_argument("folder", metavar="DIR", help="folder with a results.json")
+    again.set_defaults(run=_bench_report)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -662,6 +670,7 @@ def _preview(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from gpufgbg.benchmarks.report import summary_table, write
+    from gpufgbg.benchmarks.results import Results
     from gpufgbg.benchmarks.runner import RESULTS_FILE, BenchOptions, run
 
     chosen = BenchOptions(
@@ -672,7 +681,22 @@ def _bench(options: argparse.Namespace) -> int:
         None if options.input is None else Path(options.input),
         options.profile,
     )
-    results = run(chosen, (lambda text: None) if options.json else (lambda text: print(text, flush=True)))
+    began = False
+
+    def tell(text: str) -> None:
+        nonlocal began
+        began = True
+        if not options.json:
+            print(text, flush=True)
+
+    try:
+        results = run(chosen, tell)
+    except BaseException:  # Ctrl-C among them: what was measured until then is reported
+        if began and (chosen.out / RESULTS_FILE).is_file():
+            with suppress(GpufgbgError):
+                page, _ = write(Results.load(chosen.out / RESULTS_FILE), chosen.out, "report")
+                print(f"report of what there is: {printable(page)}", file=sys.stderr)
+        raise
     page, left_out = write(results, chosen.out, "report")
     failed = [row for row in results.rows.values() if row.ours and row.status == "failed"]
     if options.json:
@@ -688,10 +712,13 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _bench_compare(options: argparse.Namespace) -> int:
-    from gpufgbg.benchmarks.compare import changes, changes_table
+    from gpufgbg.benchmarks.compare import changes, changes_table, check_alike, head
     from gpufgbg.benchmarks.results import Results
 
-    found = changes(*(Results.load(Path(path)) for path in (options.old, options.new)))
+    old, new = (Results.load(Path(path)) for path in (options.old, options.new))
+    if not options.force:
+        check_alike(old, new)
+    found = changes(old, new)
     worse = [change for change in found if change.is_regression]
     if options.json:
         _print_json(
@@ -704,10 +731,29 @@ def _bench_compare(options: argparse.Namespace) -> int:
             ]
         )  # fmt: skip
     else:
+        print(f"old: {printable(head(old))}\nnew: {printable(head(new))}\n")
         print(changes_table(found))
         verdict = f"{len(worse)} regressions" if worse else "no regression"
         print(f"{len(found)} rows: {verdict} of ours beyond the noise")
     return 1 if worse else 0
+
+
+def _bench_report(options: argparse.Namespace) -> int:
+    from gpufgbg.benchmarks.report import summary_table, write
+    from gpufgbg.benchmarks.results import Results
+    from gpufgbg.benchmarks.runner import RESULTS_FILE
+
+    folder = Path(options.folder)
+    results = Results.load(folder / RESULTS_FILE)
+    page, left_out = write(results, folder, "report")
+    if options.json:
+        _print_json({"report": str(page)})
+        return 0
+    print(summary_table(results))
+    if left_out:
+        print(f"no pictures: {left_out}")
+    print(f"report: {printable(page)}")
+    return 0
 
 
 def _print_json(content: Any) -> None:

@@ -61,7 +61,8 @@ def test_every_suite_runs_and_checks_its_outputs(device, tmp_path):
         assert r.measured or r.reason, r
         if r.measured and r.suite != "limits":
             assert r.check.startswith("against "), r
-            assert found.share(r) is not None or r.suite == "depth", r
+            assert found.share(r) is not None or r.suite == "depth" or r.aside, r
+            assert not r.aside or r.name.startswith("gpufgbg, frames used again"), r
         if r.measured and r.ours and r.suite in ("render", "encode", "moments"):
             assert "equal" in r.check, r
     if device == "cpu":
@@ -199,6 +200,53 @@ def test_a_card_that_is_not_there_is_refused(tmp_path):
         runner.BenchOptions(tmp_path, device="cuda")
 
 
+def test_an_interrupted_run_leaves_its_report(tmp_path, run, monkeypatch):
+    def interrupted(options, tell):
+        found = results(row(), row("OpenCV"))
+        options.out.mkdir()
+        found.save(options.out / runner.RESULTS_FILE)
+        tell("a row")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    out = tmp_path / "out"
+    code, _, told = run("bench", "--quick", "--device=cpu", f"--out={out}")
+    assert code == 130
+    assert "report of what there is" in told
+    assert "OpenCV" in (out / "report.md").read_text()
+    (out / "report.md").unlink()
+    code, printed, _ = run("bench", "report", out)
+    assert code == 0
+    assert "best rival" in printed
+    assert "OpenCV" in (out / "report.md").read_text()
+
+
+@pytest.fixture
+def contenders(monkeypatch):
+    """The suites' module, as they import it."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import contenders
+
+    return contenders
+
+
+def test_rivals_run_on_both_devices_where_there_is_a_card(contenders, monkeypatch):
+    offers = {"render": (contenders.Offer(None, ("cpu", "cuda"), all_cores=True),)}
+    rival = contenders.Contender("rival", (), "rival", offers)
+    monkeypatch.setattr(contenders, "default_workers", lambda: 7)
+    for reason, expected in ((None, [("cpu", 7), ("cuda:0", 1)]), ("no card", [("cpu", 7)])):
+        monkeypatch.setattr(contenders, "why_no_card", lambda device, reason=reason: reason)
+        found = list(contenders.cases("render", (rival,), "auto", "cuda:0", False))
+        assert [(device, workers) for _, _, device, workers in found] == expected
+
+
+def test_processes_are_there_before_they_are_timed(contenders):
+    pool = contenders.started_processes(2)
+    assert len(pool._processes) == 2
+    assert pool.submit(os.getpid).result() in pool._processes
+    pool.shutdown()
+
+
 # -- the file -------------------------------------------------------------------------------------------
 
 
@@ -253,6 +301,69 @@ def test_share_is_of_the_limit_that_binds_first():
     assert results(one).share(one) is None
 
 
+def test_limits_are_those_of_the_rows_own_run(tmp_path):
+    def limit(rate: float) -> Row:
+        return row("this machine", (1.0,), suite="limits", work="fast", count=rate, unit="B")
+
+    path = tmp_path / "results.json"
+    found = results(limit(1000.0), row(needs={"fast": 500.0}))
+    found.begin(dict(found.runs[0]))
+    found.add(limit(10.0))
+    other = row("OpenCV", needs={"fast": 5.0})
+    found.add(other)
+    found.save(path)
+    for each in (found, Results.load(path)):
+        assert each.share(each.rows[row().key]) == (0.5, "fast")
+        assert each.share(each.rows[other.key]) == (0.5, "fast")
+
+
+def test_results_of_another_scale_are_refused(tmp_path):
+    path = tmp_path / "results.json"
+    results(row()).save(path)
+    assert Results.open(path, MACHINE, "full").rows
+    with pytest.raises(OptionError, match="has results of scale full, this is quick: choose another folder"):
+        Results.open(path, MACHINE, "quick")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["rows"][0].update(count="many"), "count is 'many'"),
+        (lambda c: c["rows"][0].update(count=0), "count 0 of a row with times"),
+        (lambda c: c["rows"][0].update(name=None), "name is 'None'"),
+        (lambda c: c["rows"][0].update(seconds=["1"]), "seconds is"),
+        (lambda c: c["rows"][0].update(seconds=[float("nan")]), "seconds is"),
+        (lambda c: c["rows"][0].update(run=7), "of run 7 of 1"),
+        (lambda c: c.update(machine="a string"), "machine is 'a string'"),
+        (lambda c: c.update(rows=None), "no results of gpufgbg bench"),
+        (lambda c: c["machine"].pop("cores"), "no 'cores'"),
+        (lambda c: c["runs"][0].pop("scale"), "no 'scale'"),
+        (lambda c: c["runs"][0].update(limits={"fast": "very"}), "limits is"),
+    ],
+)
+def test_a_file_that_is_not_right_is_one_line(change, said, tmp_path, refused):
+    path = tmp_path / "a.json"
+    results(row()).save(path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    assert said in refused("bench", "compare", path, path)
+
+
+def test_a_file_that_is_nested_deeply_is_one_line(tmp_path, refused):
+    path = tmp_path / "a.json"
+    path.write_text("[" * 100_000)
+    assert "nested too deeply" in refused("bench", "compare", path, path)
+
+
+def test_a_median_of_five_rounds_is_surer_than_their_spread():
+    few, many = row(seconds=(1.0, 1.2, 1.4)), row(seconds=(1.0, 1.1, 1.2, 1.3, 1.4) * 5)
+    assert few.uncertainty == few.noise == pytest.approx(0.4 / 1.2)
+    assert many.noise == pytest.approx(0.2 / 1.2)
+    assert many.uncertainty == pytest.approx(1.57 * 0.2 / 5 / 1.2)
+    assert row(seconds=(1.0,) * 9).uncertainty == 0.03
+
+
 # -- comparing ------------------------------------------------------------------------------------------
 
 
@@ -288,6 +399,38 @@ def test_ratio_is_of_rates_so_sizes_may_differ():
     assert change.ratio == 2.0
 
 
+def test_suites_that_were_not_run_are_not_lost(run, tmp_path):
+    other = {"suite": "encode"}
+    old = [row(), row("on a card", device="cuda", ours=True), row("encoder", ours=True, **other)]
+    new = [row(), row("more", ours=True)]
+    code, found = compared(run, tmp_path, old, new)
+    assert code == 0
+    assert found == {"gpufgbg": "same", "on a card": "not run", "encoder": "not run", "more": "new"}
+    broken = row("the suite itself", (), status="failed", reason="its process ended", **other)
+    assert compared(run, tmp_path, old, [*new, broken])[1]["encoder"] == "lost"
+
+
+def test_rows_that_did_other_work_since_are_not_compared(run, tmp_path):
+    old = [row(aside="too little work"), row("job", suite="pipeline", ours=True)]
+    new = [row(seconds=(9.0, 9.0)), dataclasses.replace(old[1], count=7)]
+    assert compared(run, tmp_path, old, new) == (0, {"gpufgbg": "not compared", "job": "not compared"})
+
+
+def test_other_machines_and_scales_are_refused_but_by_force(run, refused, tmp_path):
+    one, machine, scale = (tmp_path / f"{name}.json" for name in ("one", "machine", "scale"))
+    results(row()).save(one)
+    results(row(), machine={**MACHINE, "cores": 4}).save(machine)
+    quick = results(row())
+    quick.runs[0]["scale"] = "quick"
+    quick.save(scale)
+    assert "different machines: a processor, 2 and a processor, 4" in refused("bench", "compare", one, machine)
+    assert "different scales: full and quick; --force" in refused("bench", "compare", one, scale)
+    code, printed, _ = run("bench", "compare", one, scale, "--force")
+    assert code == 0
+    assert "old: a processor, 2; full, no commit, 2026-01-01 00:00 UTC" in printed
+    assert "new: a processor, 2; quick, no commit, 2026-01-01 00:00 UTC" in printed
+
+
 # -- reporting ------------------------------------------------------------------------------------------
 
 
@@ -320,11 +463,77 @@ def test_rows_of_one_thread_are_compared_with_one_thread():
     ]  # fmt: skip
 
 
+def test_threads_are_told_by_the_row_where_it_knows_them():
+    found = results(
+        row("gpufgbg, 1 thread", (1.0,), ours=True, workers=1),
+        row("gpufgbg, 2 threads", (0.5,), ours=True, workers=2),
+        row("NumPy", (4.0,), workers=1), row("PyTorch", (2.0,), workers=2),
+    )  # fmt: skip
+    assert [(d.ours.name, d.rival.name) for d in report.duels(found)] == [
+        ("gpufgbg, 1 thread", "NumPy"), ("gpufgbg, 2 threads", "PyTorch"),
+    ]  # fmt: skip
+
+
+def test_whole_jobs_are_compared_at_one_size_only():
+    known = {"suite": "pipeline", "work": "a data set"}
+    large = dataclasses.replace(row(device="cuda", **known), count=1000)
+    rival = dataclasses.replace(row("Pillow", (2.0, 2.0), **known), count=100)
+    found = results(large, rival)
+    assert report.duels(found) == []
+    assert (
+        "| a data set | cuda | 1 k pairs/s of 1,000 | Pillow (cpu): 50 pairs/s | not compared: the rival made 100 |"
+        in (report.summary_table(found))
+    )
+    found.add(row("gpufgbg, 100 pairs", (0.25, 0.25), device="cuda", ours=True, **known))
+    assert "| Pillow (cpu): 50 pairs/s | 8, with 400 pairs/s of 100 |" in report.summary_table(found)
+
+
+def test_rows_that_are_set_aside_take_no_part_and_say_why():
+    found = results(
+        row("this machine", (1.0,), suite="limits", work="fast"), row(needs={"fast": 50.0}),
+        row("gpufgbg, cheating", (0.1,), ours=True, needs={"fast": 50.0}, aside="does less"),
+        row("cold", (9.0,), aside="timed while it started"), row("warm", (2.0, 2.0)),
+    )  # fmt: skip
+    assert [(d.ours.name, d.rival.name) for d in report.duels(found)] == [("gpufgbg", "warm")]
+    assert "| some work | cpu | 100 pairs/s | warm: 50 pairs/s | 2 | 50 % of fast |" in report.summary_table(found)
+    text = report.report(found)
+    assert "2 rows are set aside and not counted" in text
+    assert "**set aside: does less**" in text
+    assert "**set aside: timed while it started**" in text
+
+
+def test_the_summary_takes_the_best_of_all_rivals():
+    found = results(
+        row(device="cuda", seconds=(0.01, 0.01)), row("nvImageCodec", (1.0, 1.0), device="cuda"),
+        row("OpenCV", (0.1, 0.1)),
+        row("gpufgbg", (), work="depth", device="cuda", status="absent", reason="no engine"),
+        row("PyTorch", device="cuda", work="depth"),
+    )  # fmt: skip
+    table = report.summary_table(found)
+    assert "| some work | cuda | 10 k pairs/s | OpenCV (cpu): 1 k pairs/s | 10 |" in table
+    assert "| depth | cuda | not measured in this run: no engine | PyTorch: 100 pairs/s |" in table
+
+
+def test_a_share_of_more_than_the_limit_is_marked():
+    found = results(row("this machine", (1.0,), suite="limits", work="fast"), row(needs={"fast": 150.0}))
+    table = report.summary_table(found)
+    assert "150 % of fast (over)" in table
+    assert "the limit as measured was too low" in table
+
+
+def test_every_published_loss_has_a_reason():
+    for path in (BENCH / "results").glob("*.json"):
+        losses = [duel for duel in report.duels(Results.load(path)) if duel.verdict == "rival"]
+        for duel in losses:
+            assert (duel.rival.work, duel.rival.device) in report.REASONS, (path.name, duel.rival.name)
+        assert "Why, as far as is known: not known" not in path.with_name(f"{path.stem}_bench.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("rate", "unit", "text"),
     [
         (17.72e6, "pairs", "17.7 M pairs/s"), (999.6, "pairs", "1 k pairs/s"), (0.5, "pairs", "0.5 pairs/s"),
-        (4.253e12, "B", "4.25 TB/s"), (12.0, "B", "12 B/s"), (318.0, "", "318/s"),
+        (4.253e12, "B", "4.25 TB/s"), (1.25e15, "flop", "1.25 Pflop/s"), (12.0, "B", "12 B/s"), (318.0, "", "318/s"),
     ],
 )  # fmt: skip
 def test_rates_have_three_digits(rate, unit, text):

@@ -88,5 +88,5 @@ def _on(kind: str, arrays: list[np.ndarray]) -> list[Any]:
 
 RIVAL = Contender(
     "DALI", ("nvidia.dali",), "nvidia-dali-cuda130 (or nvidia-dali-cuda120)",
-    {"render": (Offer(render, ("cpu", "cuda")),)},
+    {"render": (Offer(render, ("cpu", "cuda"), all_cores=True),)},
 )  # fmt: skip

@@ -60,5 +60,6 @@ def render(work: RenderWork, device: str, workers: int) -> Job:
 
 
 RIVAL = Contender(
-    "kornia", ("torch", "kornia"), "kornia", {"render": (Offer(render, ("cpu", "cuda"), missing=torch_missing),)}
-)
+    "kornia", ("torch", "kornia"), "kornia",
+    {"render": (Offer(render, ("cpu", "cuda"), all_cores=True, missing=torch_missing),)},
+)  # fmt: skip

@@ -36,7 +36,9 @@ def encode(work: EncodeWork, device: str, workers: int) -> Job:
     def output(turn: int, picks: np.ndarray) -> list[bytes]:
         return [bytes(file) for file in files(codec.as_images([batches[turn][int(pick)] for pick in picks]))]
 
-    return Job(lambda turn: files(images[turn]), output, SYNCHRONISED)
+    return Job(
+        lambda turn: files(images[turn]), output, SYNCHRONISED, "its files come to the host, ours stay on the card"
+    )
 
 
 RIVAL = Contender(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
-from contenders import Contender, Job, Offer, Tolerance
+from contenders import Contender, Job, Offer, Tolerance, started_processes
 from PIL import Image, ImageStat
 from pillow_recipe import PillowRecipe
 from work import RECIPE, EncodeWork, MomentsWork, RenderWork
@@ -43,8 +41,7 @@ def in_processes(assets: Assets, workers: int) -> tuple[Callable[..., None], Cal
 
     Their output stays there: nothing is paid for bringing it back.
     """
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start, (assets,))
+    pool = started_processes(workers, _start, assets)
 
     def call(function: Callable[..., None], placements: Placements, *more: Any) -> None:
         step = -(-len(placements) // workers)
@@ -113,7 +110,7 @@ RIVAL = Contender(
     {
         "render": (
             Offer(render, variant="1 process"),
-            Offer(render_in_processes, variant=f"{default_workers()} processes"),
+            Offer(render_in_processes, all_cores=True, variant=f"{default_workers()} processes"),
         ),
         "encode": (Offer(encode, variant="1 process"),),
         "moments": (Offer(moments),),

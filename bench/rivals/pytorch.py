@@ -118,9 +118,11 @@ RIVAL = Contender(
     "PyTorch", ("torch",), "torch",
     {
         "render": (
-            Offer(render, _DEVICES, variant="eager", missing=torch_missing),
-            Offer(render_compiled, _DEVICES, variant="compiled", compiled=True, missing=torch_missing),
+            Offer(render, _DEVICES, all_cores=True, variant="eager", missing=torch_missing),
+            Offer(
+                render_compiled, _DEVICES, all_cores=True, variant="compiled", compiled=True, missing=torch_missing
+            ),
         ),
-        "moments": (Offer(moments, _DEVICES, missing=torch_missing),),
+        "moments": (Offer(moments, _DEVICES, all_cores=True, missing=torch_missing),),
     },
 )  # fmt: skip

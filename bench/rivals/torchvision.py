@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from contenders import HOST, SYNCHRONISED, Contender, Job, Offer, Unsupported
+from contenders import HOST, SYNCHRONISED, Contender, Job, Offer, Unsupported, in_threads
 from work import RECIPE, EncodeWork
 
 from rivals.pytorch import torch_missing
 
 __all__ = ["RIVAL"]
+
+_CHUNK = 32  # pictures a thread takes at a time
 
 
 def encode(work: EncodeWork, device: str, workers: int) -> Job:
@@ -27,6 +29,13 @@ def encode(work: EncodeWork, device: str, workers: int) -> Job:
 
     batches = [list(planes(batch)) for batch in work.batches]
 
+    def run(turn: int) -> None:
+        pictures = batches[turn]
+        if device == "cpu":
+            in_threads(lambda start, stop: files(pictures[start:stop]), work.count, _CHUNK, workers)
+        else:
+            files(pictures)
+
     def files(pictures: list[Any]) -> list[Any]:
         if device == "cpu":
             return [encode_jpeg(picture, quality=RECIPE.quality) for picture in pictures]
@@ -36,12 +45,12 @@ def encode(work: EncodeWork, device: str, workers: int) -> Job:
         return [file.cpu().numpy().tobytes() for file in files([batches[turn][int(pick)] for pick in picks])]
 
     return Job(
-        lambda turn: files(batches[turn]), output, HOST if device == "cpu" else SYNCHRONISED,
+        run, output, HOST if device == "cpu" else SYNCHRONISED,
         note="the standard's Huffman tables; planes in memory, not pixels",
     )  # fmt: skip
 
 
 RIVAL = Contender(
     "torchvision", ("torch", "torchvision"), "torchvision",
-    {"encode": (Offer(encode, ("cpu", "cuda"), missing=torch_missing),)},
+    {"encode": (Offer(encode, ("cpu", "cuda"), threads=True, missing=torch_missing),)},
 )  # fmt: skip

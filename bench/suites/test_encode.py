@@ -20,7 +20,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         for who, offer, device, workers in taking_part(
             "encode", (OURS, *RIVALS), settings.device, settings.card, scale.compiled
         ):
-            size = scale.pictures if device == "cpu" else scale.card_pictures
+            size = scale.threaded(workers) if device == "cpu" else scale.card_pictures
             if device != "cpu" and not who.ours:
                 size = min(size, scale.slow_pictures)
             yield Case("encode", work, "pictures", who, offer, device, workers, size, kind=kind)

@@ -20,6 +20,8 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def test_limit(case: Case, settings: Settings, measure) -> None:
-    slow = case.kind.startswith("disk")
-    rounds = 3 if slow and settings.scale.seconds else 1 if slow else None
+    rounds = None
+    if case.kind.startswith("disk"):
+        full = 9 if case.kind.endswith("files") else 5  # small files' rounds are far apart
+        rounds = full if settings.scale.compiled else 3 if settings.scale.seconds else 1
     measure(case, lambda: LimitWork(settings, case.kind), rounds)

@@ -19,7 +19,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     for who, offer, device, workers in taking_part(
         "moments", (OURS, *RIVALS), settings.device, settings.card, scale.compiled
     ):
-        size = scale.pictures if device == "cpu" else scale.card_pictures
+        size = scale.threaded(workers) if device == "cpu" else scale.card_pictures
         if who.name == "NumPy":
             size = min(size, scale.slow_pictures)
         yield Case("moments", WORK, "pictures", who, offer, device, workers, size)

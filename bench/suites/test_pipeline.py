@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from contenders import Case
 from contenders import cases as taking_part
@@ -22,6 +23,12 @@ def cases(settings: Settings) -> Iterator[Case]:
             if offer.variant == "1 process":
                 size = max(1, size // 5)
             yield Case("pipeline", work, "pairs", who, offer, device, workers, size, kind=sink)
+            if who.ours and sink == "tree" and device != "cpu" and settings.device == "auto":
+                # The rivals' size as well: without it there is no comparison, for starting is a part of the time.
+                alike = DatasetWork.whole(settings, scale.job)
+                if alike != size:
+                    named = replace(offer, variant=f"{alike:,} pairs")
+                    yield Case("pipeline", work, "pairs", who, named, device, workers, alike, kind=sink)
             if who.ours and sink == "tar":
                 for size in scale.card_job_sizes if device != "cpu" else scale.job_sizes:
                     curve = f"{work}, {size:,} pairs"
@@ -29,5 +36,5 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def test_pipeline(case: Case, settings: Settings, measure) -> None:
-    rounds = 2 if settings.scale.compiled and not case.curve else 1
+    rounds = settings.scale.job_rounds if not case.curve else 1
     measure(case, lambda: DatasetWork(settings, case.device, case.size, case.kind), rounds)

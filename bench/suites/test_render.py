@@ -24,7 +24,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield Case(
             "render", WORK, "pairs", who, offer, device, workers, min(size, scale.slow_pictures) if slow else size
         )
-        if who.ours and workers == 1:
+        if who.ours and workers == 1 and not offer.variant:
             for size in scale.sizes if device == "cpu" else scale.card_sizes:
                 work = f"{WORK}, {size:,} at a time"
                 yield Case("render", work, "pairs", who, offer, device, workers, size, curve=True)

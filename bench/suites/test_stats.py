@@ -20,5 +20,5 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def test_stats(case: Case, settings: Settings, measure) -> None:
-    rounds = 2 if settings.scale.compiled else None
+    rounds = settings.scale.job_rounds if settings.scale.compiled else None
     measure(case, lambda: StatisticsWork(settings, case.device, case.size // 2), rounds)

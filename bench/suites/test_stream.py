@@ -11,6 +11,8 @@ from rivals import RIVALS
 from settings import Settings
 from work import StreamWork
 
+from gpufgbg.compositor import default_workers
+
 WORK = f"shuffled batches of {StreamWork.BATCH}, float32 NCHW normalised, and masks"
 
 
@@ -20,7 +22,9 @@ def cases(settings: Settings) -> Iterator[Case]:
         "stream", (OURS, *RIVALS), settings.device, settings.card, scale.compiled
     ):
         size = scale.stream if who.ours and device != "cpu" else scale.stream // 10
-        yield Case("stream", WORK, "samples", who, offer, device, workers, StreamWork.whole(size))
+        # Worker processes finish their batches together: calls of fewer would wait in turns, or not at all.
+        together = 1 if who.ours else default_workers()
+        yield Case("stream", WORK, "samples", who, offer, device, workers, StreamWork.whole(size, together))
 
 
 def test_stream(case: Case, settings: Settings, measure) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpufgbg.benchmarks.duels import against
 from gpufgbg.benchmarks.results import Results, Row, by_work
 from gpufgbg.benchmarks.runner import SUITES, per_second, percent, times
 
@@ -39,7 +41,7 @@ def draw(results: Results, folder: Path, stem: str) -> list[str]:
 
 
 def rivals(results: Results, pyplot: Any) -> Any:
-    """A panel a work: everybody's rate, on a logarithmic axis."""
+    """A panel a work: everybody's rate, on a logarithmic axis, and how often ours on the same device is that."""
     panels = []
     for suite in SUITES[1:]:
         for work, rows in by_work(results.of_suite(suite)).items():
@@ -64,11 +66,10 @@ def rivals(results: Results, pyplot: Any) -> Any:
 
 
 def _bars(axis: Any, work: str, rows: list[Row], slots: int) -> None:
-    best = max((row.rate for row in rows if row.ours), default=None)
     rates = [row.rate for row in rows]
     labels = [f"{row.name} ({_DEVICES[row.device]})" for row in rows]
     colours = [_OURS if row.ours else _RIVAL for row in rows]
-    axis.barh(range(len(rows)), rates, color=colours, height=0.72)
+    bars = axis.barh(range(len(rows)), rates, color=colours, height=0.72)
     axis.set_yticks(range(len(rows)), labels, fontsize=8)
     for label, row in zip(axis.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if row.ours else "normal")
@@ -77,8 +78,12 @@ def _bars(axis: Any, work: str, rows: list[Row], slots: int) -> None:
     axis.set_xlim(min(rates) / max(4.0, span**0.25), max(rates) * max(8.0, span**0.6))
     axis.set_ylim(len(rows) - slots - 0.6, len(rows) - 0.4)
     for at, row in enumerate(rows):
-        against = "" if row.ours or best is None else f"   gpufgbg: {times(best / row.rate)} x"
-        axis.text(row.rate * 1.15, at, per_second(row.rate) + against, va="center", fontsize=8, color=_GREY)
+        duel = None if row.ours else against(row, [other for other in rows if other.device == row.device])
+        said = "" if duel is None else f"   gpufgbg: {times(duel.ratio)} x"
+        if row.aside:
+            said = "   set aside"
+            bars[at].set(alpha=0.4, hatch="//")
+        axis.text(row.rate * 1.15, at, per_second(row.rate) + said, va="center", fontsize=8, color=_GREY)
     axis.set_title(f"{work}\n{rows[0].unit} a second (longer is better)", fontsize=9, loc="left")
     axis.tick_params(axis="x", labelsize=7)
     axis.xaxis.set_minor_formatter("")
@@ -92,21 +97,22 @@ def limits(results: Results, pyplot: Any) -> Any:
     for suite in SUITES[1:]:
         for rows in by_work(results.of_suite(suite)).values():
             for device in _DEVICES:
-                own = [row for row in rows if row.ours and row.measured and row.device == device]
+                own = [row for row in rows if row.ours and row.measured and row.device == device and not row.aside]
                 best = max(own, key=lambda row: row.rate, default=None)
                 if best is not None and (share := results.share(best)) is not None:
                     found.append((best, *share))
     if not found:
         return None
     found.reverse()
-    figure, axis = pyplot.subplots(figsize=(9.5, 0.36 * len(found) + 1.1))
-    shares = [min(100 * reached, 110) for _, reached, _ in found]
-    axis.barh(range(len(found)), shares, color=_OURS, height=0.7)
+    figure, axis = pyplot.subplots(figsize=(11, 0.36 * len(found) + 1.1))
+    bars = axis.barh(range(len(found)), [min(100 * reached, 110) for _, reached, _ in found], color=_OURS, height=0.7)
     axis.set_yticks(range(len(found)), [f"{row.work} ({_DEVICES[row.device]})" for row, _, _ in found], fontsize=8)
     axis.axvline(100, color=_GREY, linewidth=1)
     for at, (_, reached, name) in enumerate(found):
-        axis.text(shares[at] + 1, at, f"{percent(reached)} of {name}", va="center", fontsize=8, color=_GREY)
-    axis.set_xlim(0, 150)
+        over = " (over: measured too low?)" if reached > 1 else ""
+        bars[at].set_hatch("//" if over else "")
+        axis.text(113, at, f"{percent(reached)} of {name}{over}", va="center", fontsize=8, color=_GREY)
+    axis.set_xlim(0, 112)
     axis.set_xticks(range(0, 101, 20))
     axis.set_title("gpufgbg: share of the machine's limit, in per cent", fontsize=9, loc="left")
     for side in ("top", "right"):
@@ -138,7 +144,10 @@ def roofline(results: Results, pyplot: Any) -> Any:
     memory_roof = f"device memory, {bandwidth / 1e3:.2f} TB/s"
     axis.text(lowest * 1.2, bandwidth * lowest, memory_roof, fontsize=8, va="center")
     axis.text(highest, peak * 1.08, f"instruction issue, {peak:,.0f} G/s", fontsize=8, ha="right")
-    axis.set_ylim(min([bandwidth * lowest, *(p[2] for p in points)]) / 1.5, peak * 1.5)
+    axis.set_ylim(min([bandwidth * lowest, *(p[2] for p in points)]) / 1.5, peak * 2.5)
+    axis.set(xscale="log", yscale="log", xlim=(lowest / 1.3, highest * 1.3))
+    figure.subplots_adjust(left=0.07, right=0.8, top=0.93, bottom=0.1)
+    labels = _Labels(figure, axis, [(p[1], p[2]) for p in points])
     numbers: dict[str, int] = {}
     for kernel, x, y, time_ns, _ in sorted(points, key=lambda p: -p[3]):
         axis.scatter(
@@ -146,15 +155,51 @@ def roofline(results: Results, pyplot: Any) -> Any:
         )
         if kernel not in numbers:
             numbers[kernel] = len(numbers) + 1
-            axis.annotate(str(numbers[kernel]), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            labels.put(str(numbers[kernel]), x, y)
     names = "\n".join(f"{number:>2} {kernel}" for kernel, number in numbers.items())
     axis.text(1.02, 1, names, transform=axis.transAxes, fontsize=7, va="top", family="monospace", linespacing=1.4)
-    axis.set(xscale="log", yscale="log", xlabel="warp instructions a byte of device memory")
-    axis.set_ylabel("warp instructions, G a second")
-    axis.set_title("Our kernels below the card's roofs (larger dots take longer)", fontsize=9, loc="left")
+    axis.set(xlabel="warp instructions a byte of device memory", ylabel="warp instructions, G a second")
+    title = (
+        "Our kernels below the card's roofs (larger dots take longer; of several launches the longest has the number)"
+    )
+    axis.set_title(title, fontsize=9, loc="left")
     axis.grid(alpha=0.2, which="both")
-    figure.tight_layout()
     return figure
+
+
+class _Labels:
+    """Puts short labels beside points of a finished axis, where neither points nor other labels are."""
+
+    _WIDTH, _HEIGHT = 13.0, 10.0  # of a label, in points
+
+    def __init__(self, figure: Any, axis: Any, points: list[tuple[float, float]]) -> None:
+        self._axis = axis
+        self._unit = figure.dpi / 72  # pixels
+        self._taken = [(*self._at(*point), 5.0, 5.0) for point in points]
+
+    def _at(self, x: float, y: float) -> tuple[float, float]:
+        across, up = self._axis.transData.transform((x, y)) / self._unit
+        return float(across), float(up)
+
+    def put(self, text: str, x: float, y: float) -> None:
+        """The nearest free place, joined to its point by a line where that is not beside it."""
+        across, up = self._at(x, y)
+        for distance in (9, 14, 20, 27, 35, 44, 54, 65):
+            for turn in range(16):
+                dx, dy = distance * math.cos(turn * math.pi / 8 + 0.4), distance * math.sin(turn * math.pi / 8 + 0.4)
+                box = (across + dx, up + dy, self._WIDTH, self._HEIGHT)
+                if not any(self._overlap(box, other) for other in self._taken):
+                    self._taken.append(box)
+                    line = {"arrowstyle": "-", "color": _GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+                    self._axis.annotate(
+                        text, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=7, ha="center",
+                        va="center", arrowprops=line if distance > 9 else None,
+                    )  # fmt: skip
+                    return
+
+    @staticmethod
+    def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+        return all(abs(one[i] - other[i]) < (one[i + 2] + other[i + 2]) / 2 for i in (0, 1))
 
 
 def cost(results: Results, pyplot: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gpufgbg.exceptions import DeviceError
 
-__all__ = ["KERNELS", "METRICS", "bound_by", "entry", "profile", "read_csv", "why_no_profile"]
+__all__ = ["BATCH", "KERNELS", "METRICS", "bound_by", "entry", "profile", "read_csv", "why_no_profile"]
 
 KERNELS = "regex:^(composite|moments|jpeg_|depth_|normalise_)"
 STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
@@ -58,6 +58,7 @@ _UNITS = {
     "l1_percent": "L1 cache and shared memory",
     "l2_percent": "L2 cache",
 }
+BATCH = 668  # samples of 224x224 that `gpufgbg.cuda_pipeline` makes at a time, and a launch is profiled with
 _PATIENCE_S = 600
 _BOUND = 60.0  # per cent of a unit's peak from which it is said to be the limit
 _FEW_WAVES = 0.5  # of the card's multiprocessors: with fewer blocks, most of it idles

@@ -134,13 +134,13 @@ def run(options: BenchOptions, tell: Tell) -> Results:
     Raises
     ------
     OptionError
-        The folder has results of another machine.
+        The folder has results of another machine or scale.
     DeviceError
         The suites or pytest are missing.
     """
     folder = suites_folder()
     path = options.out / RESULTS_FILE
-    results = Results.open(path, describe(options.device))
+    results = Results.open(path, describe(options.device), options.scale)
     with storage_errors(options.out):
         (options.out / "logs").mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".work-", dir=options.out))
@@ -195,7 +195,8 @@ def line(results: Results, row: Row) -> str:
 def per_second(rate: float, unit: str = "") -> str:
     """A rate with three digits: ``17.7 M pairs/s``, ``4.25 TB/s``."""
     found = next(
-        ((f, p) for f, p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if rate >= 0.9995 * f), (1, "")
+        ((f, p) for f, p in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if rate >= 0.9995 * f),
+        (1, ""),
     )
     number = f"{rate / found[0]:.3g} {found[1]}".rstrip()
     if unit in ("B", "flop"):
