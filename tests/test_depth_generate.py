@@ -1405,7 +1405,7 @@ def midas(path: Path) -> Path:
 
 
 CLIPPED = (
-    r"^--depth midas.onnx: flat depth maps, {0} of {0}: the predictions lie outside 1 to 100, to which "
+    r"^--depth midas.onnx: all depth maps of a batch are flat: the predictions lie outside 1 to 100, to which "
     r"--depth-meaning inverse clips them: for relative inverse depth \(MiDaS, DPT, Depth Anything\) use "
     r"--depth-meaning disparity$"
 )
@@ -1427,20 +1427,21 @@ def test_maps_that_the_clip_flattens_are_told_once(tmp_path, images, run, argume
     path = midas(tmp_path / "midas.onnx")
     inverse = DepthOptions(path, meaning="inverse", scale=3)
     model = DepthModel(inverse, (28, 20), "cpu", 2)
-    with pytest.warns(GpufgbgWarning, match=CLIPPED.format(7)) as told:
+    with pytest.warns(GpufgbgWarning, match=CLIPPED) as told:
         assert not model.predict(images).grey.any()
         model.predict(images)
     assert len(told) == 1
-    with pytest.warns(GpufgbgWarning, match=CLIPPED.format(3)):
+    with pytest.warns(GpufgbgWarning, match=CLIPPED):
         DepthModel(inverse, (28, 20), "cpu", 2).predict_each(list(images[:3]))
     (tmp_path / "pictures").mkdir()
     Image.fromarray(images[0]).save(tmp_path / "pictures" / "a.png")
     for command in (
         [*arguments, f"--depth={path}"],
+        [*arguments, f"--depth={path}", "--device=cpu,cpu", f"--out={tmp_path / 'two'}"],
         ["depth", tmp_path / "pictures", f"--weights={path}", "--device=cpu"],
     ):
         code, _, error = run(*command, "--depth-meaning=inverse")
-        (line,) = [line for line in error.splitlines() if "flat depth maps" in line]
+        (line,) = [line for line in error.splitlines() if "maps of a batch are flat" in line]
         assert code == 0 and "use --depth-meaning disparity" in line
 
 

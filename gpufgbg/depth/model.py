@@ -301,8 +301,8 @@ class DepthModel:
         if not isinstance(source, DenseDepth):
             advice = "for relative inverse depth (MiDaS, DPT, Depth Anything) use --depth-meaning disparity"
         warnings.warn(
-            f"--depth {printable(source.name)}: flat depth maps, {len(found)} of {len(found)}: the predictions lie "
-            f"outside 1 to 100, to which --depth-meaning inverse clips them: {advice}",
+            f"--depth {printable(source.name)}: all depth maps of a batch are flat: the predictions lie outside 1 to "
+            f"100, to which --depth-meaning inverse clips them: {advice}",
             GpufgbgWarning,
             stacklevel=2,
         )

@@ -119,6 +119,7 @@ class Driver:
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self.engines: list[dict[str, Any]] = []
+        self._warned: set[str] = set()
         self.timeline: dict[str, float] = {}
         self.memory: dict[str, int] = {}
         self.transferred: dict[str, int] = {}
@@ -256,7 +257,9 @@ class Driver:
             self._tell(f"{member.name}: {text}")
 
     def _on_warning(self, member: Member, text: str) -> None:
-        warnings.warn(text, GpufgbgWarning, stacklevel=2)
+        if text not in self._warned:  # each worker may find the same
+            self._warned.add(text)
+            warnings.warn(text, GpufgbgWarning, stacklevel=2)
 
     def _on_failed(self, member: Member, error: Exception) -> None:
         raise error
