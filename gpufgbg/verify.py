@@ -1,36 +1,51 @@
-"""Is a data set whole and what it says it is? Counts, names, checksums, and samples rendered and decoded again."""
+"""Is a data set whole and what it says it is?
+
+Counts, names, checksums, labels and sums; nothing beside them that would be read with them; and, where asked for,
+samples rendered and decoded again. What is compared is made again a part at a time, so that memory does not grow with
+the samples.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
+import math
 import os
 import random
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from gpufgbg import backends, decoding, sinks
 from gpufgbg.checks import is_whole
 from gpufgbg.compositor import Compositor
 from gpufgbg.exceptions import DatasetError, OptionError, printable
 from gpufgbg.jpeg import JpegEncoder
-from gpufgbg.layout import SAMPLE_KINDS, Layout
-from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, merged, open_dataset, open_manifest
+from gpufgbg.labels import mask_areas
+from gpufgbg.layout import Layout
+from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, open_dataset, open_manifest
 from gpufgbg.pipeline import load_assets
 from gpufgbg.readers import StoredPicture, kind_of
-from gpufgbg.recipe import Plan, Recipe, Shard
+from gpufgbg.recipe import Recipe, Shard
 from gpufgbg.segments import shards_of
 from gpufgbg.sinks import EncodedSamples
+from gpufgbg.sinks.stored_zip import ZipSink
+from gpufgbg.sinks.tar import KIND_OF_SUFFIX, TarSink
 from gpufgbg.urls import is_url, local_path
+from gpufgbg.verify_books import Books, check_counts, check_sums
 from gpufgbg.verify_foreign import verify_foreign
+from gpufgbg.verify_labels import check_labels
 from gpufgbg.verify_report import Faults, VerifyReport
+from gpufgbg.verify_strangers import check_strangers, check_zip
 
 __all__ = ["VerifyReport", "verify"]
 
 _BATCH = 256  # samples rendered again at a time
+_STEMS = 4096  # names made at a time
 
 
 def verify(
@@ -98,48 +113,42 @@ def verify(
         )
     compositor = Compositor(assets, recipe, device if rerender or device != "auto" else "cpu", workers)
     plan, layout = compositor.plan, Layout.of(compositor.plan)
-    kinds = [kind for kind in SAMPLE_KINDS if kind in content["bytes"]]
-    sink = sinks.select(content["sink"], manifest.out, plan, kinds)
+    try:
+        records = manifest.records()
+    except DatasetError as error:
+        report.faults.append(str(error))
+        records = []
+    books = Books(manifest, content, plan, layout, records)
+    report.samples = sum(len(part) for part in books.done)
+    check_counts(report, books, assets)
+    sink = sinks.select(content["sink"], manifest.out, plan, books.kinds)
     shards = [(Shard(s["start"], s["stop"]), s["sha256"], s.get("shards", 1)) for s in content["shards"]]
-    done = merged([shard for shard, *_ in shards])
-    report.samples = sum(len(part) for part in done)
-    if report.samples != content["counts"]["done"]:
-        report.faults.append(
-            f"{printable(manifest.file)}: says {content['counts']['done']} samples, its shards have {report.samples}"
-        )
-    if content.get("depth") and kinds and "depth" not in kinds:
-        report.faults.append(
-            f"{printable(manifest.out)}: not all samples have their depth maps: continue with gpufgbg depth "
-            f"{printable(manifest.out)}"
-        )
-    elif not content["complete"]:
-        there = sum(len(part) for part in merged([record.shard for record in manifest.records()]))
-        fault = f"incomplete: {max(there, report.samples):,} of {len(plan):,} samples are there"
-        if there > report.samples:
-            fault += f", {report.samples:,} of them in dataset.json: a run did not end; the same command continues it"
-        report.faults.append(f"{printable(manifest.out)}: {fault}")
-    chosen = _chosen(done, rerender)
+    chosen = _chosen(books.done, rerender)
+    seen = _Seen(report, books, sink)
 
     def checked() -> Iterator[StoredPicture]:
         """All pictures of samples, each shard's after it was found whole."""
         count = 0
         for shard, checksum in _single(report, manifest, shards):
-            again = [index for index in chosen if shard.start <= index < shard.stop]
-            expected = _rendered(compositor, layout, again)
-            yield from _check_shard(report, sink, layout, plan, shard, checksum, kinds, expected)
+            again = chosen[bisect_left(chosen, shard.start) : bisect_left(chosen, shard.stop)]
+            yield from seen.check(shard, checksum, _rendered(compositor, layout, again))
             report.rerendered += len(again)
             count += len(shard)
             if progress:
                 progress(count, report.samples)
 
+    before = len(report.faults)
     if decode:
         _check_forms(report, decoding.select(device, workers), checked(), recipe)
     else:
         deque(checked(), 0)
+    seen.close()
+    check_sums(report, books, assets, seen.size_bytes if len(report.faults) == before else None)
     if content.get("labels", True):
-        _check_labels(report, manifest.out, plan, layout, done)
-    if sink.name == "tree":
-        _check_strangers(report, manifest.out, plan, layout, done, kinds)
+        check_labels(report, books, mask_areas(assets))
+    if isinstance(sink, ZipSink):
+        check_zip(report, books, sink)
+    check_strangers(report, books, sink)
     return report
 
 
@@ -164,50 +173,147 @@ def _single(
         yield from ((record.shard, record.checksum) for record in found)
 
 
-def _check_shard(
-    report: VerifyReport,
-    sink: sinks.Sink,
-    layout: Layout,
-    plan: Plan,
-    shard: Shard,
-    expected_checksum: str,
-    kinds: list[str],
-    rendered: dict[str, bytes],
-) -> Iterator[StoredPicture]:
-    """Read a shard: names in order, whole JPEG files, the checksum, and equality with what was ``rendered``."""
-    checksum = ShardChecksum()
-    names = (
-        Layout.sample_path(kind, stem)
-        for start in range(shard.start, shard.stop, 4096)
-        for stem in layout.stems(plan.placements(range(start, min(start + 4096, shard.stop))))
-        for kind in kinds
-    )
-    try:
-        for path, data in sink.read(shard):
-            name = next(names, None)
-            if path != name:
-                report.faults.append(f"samples {shard.start}:{shard.stop}: expected {name}, found {path}")
-                return
-            if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
-                report.faults.append(f"{path}: not a whole JPEG file ({len(data)} bytes)")
-            else:
-                if rendered.get(path, data) != data:
-                    report.faults.append(f"{path}: differs from the sample rendered again")
+class _Seen:
+    """Reads committed shards: names in order, whole JPEG files, checksums, labels in tar shards.
+
+    Attributes
+    ----------
+    size_bytes : Counter
+        Lengths of the files read so far, by kind.
+    """
+
+    def __init__(self, report: VerifyReport, books: Books, sink: sinks.Sink) -> None:
+        self.size_bytes: Counter[str] = Counter()
+        self._report, self._books, self._sink = report, books, sink
+        self._labels = Faults(report, "members of tar shards are wrong")
+
+    def check(self, shard: Shard, expected_checksum: str, rendered: dict[str, bytes]) -> Iterator[StoredPicture]:
+        """Read a shard, and compare it with its checksum and with what was ``rendered``; gives its pictures."""
+        report = self._report
+        checksum = ShardChecksum()
+        names = (Layout.sample_path(kind, stem) for stem in self._stems(shard) for kind in self._books.kinds)
+        try:
+            for path, data in self._pictures(shard):
+                name = next(names, None)
+                if path != name:
+                    report.faults.append(f"samples {shard.start}:{shard.stop}: expected {name}, found {path}")
+                    return
                 kind = kind_of(path)
                 assert kind is not None
-                yield StoredPicture(kind, "", path, functools.partial(bytes, data))
-            checksum.add(path, data)
-            report.files += 1
-    except DatasetError as error:
-        report.faults.append(str(error))
-        return
-    if (name := next(names, None)) is not None:
-        report.faults.append(f"samples {shard.start}:{shard.stop}: {name} is missing")
-    elif checksum.hexdigest() != expected_checksum:
-        report.faults.append(
-            f"samples {shard.start}:{shard.stop}: the checksum differs from dataset.json: a file has changed; "
-            "--rerender tells which"
-        )
+                if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
+                    report.faults.append(f"{path}: not a whole JPEG file ({len(data)} bytes)")
+                else:
+                    if rendered.get(path, data) != data:
+                        report.faults.append(f"{path}: differs from the sample rendered again")
+                    yield StoredPicture(kind, "", path, functools.partial(bytes, data))
+                checksum.add(path, data)
+                self.size_bytes[kind] += len(data)
+                report.files += 1
+        except DatasetError as error:
+            report.faults.append(str(error))
+            return
+        if (name := next(names, None)) is not None:
+            report.faults.append(f"samples {shard.start}:{shard.stop}: {name} is missing")
+        elif checksum.hexdigest() != expected_checksum:
+            report.faults.append(
+                f"samples {shard.start}:{shard.stop}: the checksum differs from dataset.json: a file has changed; "
+                "--rerender tells which"
+            )
+
+    def close(self) -> None:
+        """All are read."""
+        self._labels.close()
+
+    def _stems(self, shard: Shard) -> Iterator[str]:
+        for start in range(shard.start, shard.stop, _STEMS):
+            indices = np.arange(start, min(start + _STEMS, shard.stop))
+            yield from self._books.layout.stems(self._books.plan.placements(indices))
+
+    def _pictures(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
+        """What `Sink.read` gives; of a tar shard, whatever else is in it is checked on the way."""
+        sink = self._sink
+        if not isinstance(sink, TarSink):
+            yield from sink.read(shard)
+            return
+        labels = _TarLabels(self._books, sink, shard, self._labels)
+        for name, data in sink.stored(shard):
+            stem, _, suffix = name.partition(".")
+            kind = KIND_OF_SUFFIX.get(suffix)
+            if kind is not None and kind in sink.kinds:
+                yield Layout.sample_path(kind, stem), data
+            elif suffix == "json":
+                labels.check(name, data)
+            elif kind not in labels.kinds:
+                self._labels.add(f"{labels.where}: {printable(name)} belongs to no sample")
+        labels.close()
+
+
+class _TarLabels:
+    """Compares the labels in a tar shard with what the plan says.
+
+    Parameters
+    ----------
+    books : Books
+    sink : TarSink
+    shard : Shard
+    wrong : Faults
+
+    Attributes
+    ----------
+    kinds : list of str
+        Kinds of pictures that the shard may have; while depth maps are being added, theirs too.
+    where : str
+        The shard, for messages.
+    """
+
+    def __init__(self, books: Books, sink: TarSink, shard: Shard, wrong: Faults) -> None:
+        record = books.record_of(shard)
+        self.kinds = books.kinds if record is None else list(record.moments)
+        self._depth = "depth" in self.kinds
+        if not self._depth and books.depth_is_pending:  # a run may have published the shard and not recorded it
+            self.kinds.append("depth")
+        self.where = f"samples {shard.start}:{shard.stop}"
+        self._sink, self._wrong = sink, wrong
+        self._ranges: npt.NDArray[np.float32] | None = None
+        if record is not None and self._depth:
+            try:
+                self._ranges = books.depth_ranges(shard)
+            except DatasetError as error:
+                wrong.add(str(error))
+        self._placements = books.plan.placements(np.arange(shard.start, shard.stop))
+        self._names = [f"{stem}.json" for stem in books.layout.stems(self._placements)]
+        self._at = 0
+        self._in_order = True
+
+    def check(self, name: str, data: bytes) -> None:
+        """The next label of the shard."""
+        n, self._at = self._at, self._at + 1
+        if not self._in_order:
+            return
+        expected = self._names[n] if n < len(self._names) else "none"
+        if name != expected:
+            self._wrong.add(f"{self.where}: expected {expected}, found {printable(name)}")
+            self._in_order = False
+        elif data != self._sink.label(self._placements, n, self._range(n, data)):
+            self._wrong.add(f"{self.where}: {name} differs from the sample's label")
+
+    def close(self) -> None:
+        """There are no more."""
+        if self._in_order and self._at < len(self._names):
+            self._wrong.add(f"{self.where}: {self._names[self._at]} is missing")
+
+    def _range(self, n: int, label: bytes) -> Sequence[float] | None:
+        """Least and greatest depth of sample n: as recorded, or, where no record is, as its label says itself."""
+        if self._ranges is not None:
+            found: list[float] = self._ranges[n].tolist()
+            return found
+        if "depth" not in self.kinds:
+            return None
+        try:
+            fields = json.loads(label)
+            return float(fields["depth_min"]), float(fields["depth_max"])
+        except (ValueError, KeyError, TypeError):
+            return (math.nan, math.nan) if self._depth else None  # the first is no label's
 
 
 def _check_forms(
@@ -232,44 +338,6 @@ def _check_forms(
 def _said(form: decoding.Form) -> str:
     width, height, mode, encoding = form
     return f"{width}x{height} {mode} {encoding}"
-
-
-def _check_labels(report: VerifyReport, out: Path, plan: Plan, layout: Layout, done: list[Shard]) -> None:
-    count = 0
-    for b in range(plan.n_backgrounds):
-        path = out / layout.label_file(b)
-        if path.is_file():
-            with path.open("rb") as file:
-                count += sum(1 for _ in file)
-    if count != report.samples:
-        report.faults.append(f"{printable(out / 'labels')}: {count} lines, expected {report.samples}")
-
-
-def _check_strangers(
-    report: VerifyReport,
-    out: Path,
-    plan: Plan,
-    layout: Layout,
-    done: list[Shard],
-    kinds: list[str],
-) -> None:
-    """Files in the sample folders that belong to no committed sample."""
-    strangers = Faults(report, "files belong to no sample")
-    for kind in kinds:
-        for b in range(plan.n_backgrounds):
-            folder = (out / Layout.sample_path(kind, f"{layout.background(b)}_fg_")).parent
-            if not folder.is_dir():
-                continue
-            whole = Shard(b * plan.per_background, (b + 1) * plan.per_background)
-            known: set[str] = set()
-            for part in done:
-                start, stop = max(part.start, whole.start), min(part.stop, whole.stop)
-                if start < stop:
-                    known.update(layout.stems(plan.placements(np.arange(start, stop))))
-            for file in sorted(folder.iterdir()):
-                if file.name.removesuffix(".jpg") not in known:
-                    strangers.add(f"{printable(file)}: belongs to no sample")
-    strangers.close()
 
 
 def _chosen(done: list[Shard], count: int) -> list[int]:

@@ -134,6 +134,81 @@ def test_it_is_read_from_there(make, s3, tmp_path, run):
     assert any("can't be read" in fault for fault in verify(url).faults)
 
 
+@pytest.mark.parametrize("options", [{}, {"labels": False}, {"samples": (5, 100)}])
+def test_what_verify_finds_there(make, s3, short_shards, options):
+    url = "s3://bucket/set"
+    make(url, **options)
+    store = Store(url)
+    expected = [": incomplete: 95 of 192 samples are there"] if "samples" in options else []
+
+    def found(key: str, data: bytes | None) -> list[str]:
+        """The faults but for that it is incomplete, while an object is another or gone."""
+        before = tree_of(url).get(key)
+        store.remove([key]) if data is None else store.write(key, data)
+        try:
+            faults = verify(url).faults
+        finally:
+            store.remove([key]) if before is None else store.write(key, before)
+        return [fault for fault in faults if not any(fault.endswith(text) for text in expected)]
+
+    assert found("README.md", b"hello") == []
+    assert found("shards/more.tar", b"") == [f"{url}/shards/more.tar: belongs to no sample"]
+    assert found("bg/more.jpg", b"") == [f"{url}/bg/more.jpg: does not belong to the data set"]
+    assert found("fg_bg/bg_00/more.jpg", b"") == [f"{url}/fg_bg: does not belong to the data set"]
+    whole = found("shards/shard-000099.tar", b"")
+    assert whole == [f"{url}/shards/shard-000099.tar: belongs to no sample"]
+    if "samples" in options:
+        assert any(name.startswith("shards/parts/") for name in tree_of(url))
+        (fault,) = found("shards/shard-000029.tar", b"")
+        assert fault.startswith(f"{url}/shards/shard-000029.tar: belongs to no sample that is recorded")
+    description = json.loads(tree_of(url)["dataset.json"])
+    description["bytes"]["composite"] += 1
+    (fault,) = found("dataset.json", json.dumps(description).encode())
+    assert "dataset.json: bytes.composite: says" in fault
+    del description["bytes"]
+    with pytest.raises(DatasetError, match=f"{url}/dataset.json: damaged or not ours: bytes is missing"):
+        found("dataset.json", json.dumps(description).encode())
+    if options.get("labels") is False:
+        assert found("labels.parquet", b"") == [f"{url}/labels.parquet: does not belong to the data set"]
+
+
+def test_labels_are_verified_there(make, s3):
+    url = "s3://bucket/set"
+    make(url)
+    store, files = Store(url), tree_of(url)
+
+    def found(key: str, data: bytes | None) -> list[str]:
+        store.remove([key]) if data is None else store.write(key, data)
+        faults = verify(url).faults
+        store.write(key, files[key])
+        return faults
+
+    key = "labels/bg_01_label_info.txt"
+    first, _, rest = files[key].partition(b"\n")
+    (fault,) = found(key, first + b"0\n" + rest)
+    assert fault.startswith(f"{url}/{key}: line 1: got 'bg_01_fg_00_T_000064.jpg\\t")
+    assert f"{url}/{key}: is missing" in found(key, None)
+    assert found("labels/bg_01_label_info.txt", files[key]) == []
+    cut = files[key][: files[key].rindex(b"\n", 0, -1) + 1]
+    assert f"{url}/{key}: line 64: got the end of the file, expected" in found(key, cut)[0]
+    assert found("labels.parquet", None) == [f"{url}/labels.parquet: is missing"]
+    (fault,) = found("labels.parquet", files["labels.parquet"][:-8])
+    assert fault.startswith(f"{url}/labels.parquet: can't be read")
+
+
+def test_an_object_is_read_at_any_place(tmp_path, s3, monkeypatch):
+    monkeypatch.setattr(remote_store, "_READ_BYTES", 100)
+    data = os.urandom(1000)
+    store = Store("s3://bucket/set")
+    store.write("x", data)
+    with RemotePath(store, "x").open() as file:
+        for place, count in ((0, 10), (990, 20), (5, 250), (500, 1), (0, 1000), (999, 5), (2000, 5), (300, 99)):
+            assert file.seek(place) == place and file.read(count) == data[place : place + count]
+        assert file.seek(-10, os.SEEK_END) == 990 and file.read() == data[-10:]
+        file.seek(100)
+        assert file.seek(50, os.SEEK_CUR) == 150 and file.tell() == 150
+
+
 def test_two_hundred_faults(make, server, s3, tmp_path, monkeypatch, short_shards, luck):
     """Errors, slow answers and cut connections, before, after and inside: the same bytes."""
     from gpufgbg.scaleout import processes

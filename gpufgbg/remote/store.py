@@ -304,7 +304,7 @@ class RemotePath:
 
 
 class _Reader(io.RawIOBase):
-    """An object, read in large pieces front to back."""
+    """An object, read in large pieces, for the most part front to back."""
 
     def __init__(self, store: Store, key: str) -> None:
         self._store = store
@@ -316,11 +316,19 @@ class _Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
     def readinto(self, buffer: Any) -> int:
         if self._at >= self._size:
             return 0
         within = self._at - self._start
-        if within >= len(self._piece):
+        if not 0 <= within < len(self._piece):
             self._start, within = self._at, 0
             self._piece = self._store.read(self._key, self._at, min(self._at + _READ_BYTES, self._size))
         count = min(len(buffer), len(self._piece) - within)

@@ -7,15 +7,17 @@ go once the data set is complete. So the zip is the same whoever made its parts,
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import struct
 import zipfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from gpufgbg.exceptions import DatasetError, printable
 from gpufgbg.files import fsync_folder, remove_tree, sync_file_system
@@ -37,6 +39,10 @@ _DATE = (1 << 5) | 1  # 1 January 1980, the format's first day: the same bytes w
 _REGULAR_FILE = 0o100644 << 16
 _BIG = 0xFFFFFFFF
 _UNFINISHED = "shard.part"  # in the shard's folder
+_LONGEST = _CENTRAL.size + 3 * 0xFFFF  # of a record in the directory: name, extra field, comment
+_READ_BYTES = 1 << 20  # at a time
+_MARK = 4096  # samples
+_FARTHEST = 1 << 63
 
 
 def entry(name: str, data: bytes) -> bytes:
@@ -104,6 +110,119 @@ class _ZipFile:
         Path(self.directory.name).unlink(missing_ok=True)
 
 
+class StoredEntry(NamedTuple):
+    """A file of a stored zip, as the zip's directory tells of it.
+
+    Attributes
+    ----------
+    name : str
+    method : int
+        0: stored.
+    crc : int
+        CRC-32 of its bytes.
+    size : int
+        Their number.
+    offset : int
+        Where its local header begins in the zip.
+    at : int
+        Where its record begins in the zip, for `Directory.entries`.
+    """
+
+    name: str
+    method: int
+    crc: int
+    size: int
+    offset: int
+    at: int
+
+
+class Directory:
+    """The directory of a stored zip, read front to back; nothing of it is kept, however long it is.
+
+    Parameters
+    ----------
+    file : binary file
+        Stays the caller's; is moved about in.
+
+    Raises
+    ------
+    zipfile.BadZipFile
+        There is no directory, or a record of it is damaged.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        length = file.seek(0, os.SEEK_END)
+        begin = max(0, length - _END.size - 0xFFFF)  # behind it there may be a comment
+        file.seek(begin)
+        tail = file.read()
+        at = tail.rfind(b"PK\5\6")
+        if at < 0 or len(tail) - at < _END.size:
+            raise zipfile.BadZipFile("it has no directory: cut off, or not a zip")
+        size, start = _END.unpack_from(tail, at)[5:7]
+        end = begin + at
+        locator = at - _LOCATOR64.size
+        if locator >= 0 and tail[locator : locator + 4] == b"PK\6\7":
+            end = _LOCATOR64.unpack_from(tail, locator)[2]
+            file.seek(end)
+            record = file.read(_END64.size)
+            if len(record) < _END64.size or record[:4] != b"PK\6\6":
+                raise zipfile.BadZipFile("the end of its directory is damaged")
+            size, start = _END64.unpack(record)[8:]
+        if start + size > end:
+            raise zipfile.BadZipFile("its directory is damaged")
+        self._start, self._stop = start, start + size
+
+    def entries(self, at: int | None = None) -> Iterator[StoredEntry]:
+        """The files in order, from the one whose record is at ``at`` on; by default all."""
+        begin, data, within = self._start if at is None else at, b"", 0
+        while begin + within < self._stop:
+            if len(data) - within < _LONGEST and begin + len(data) < self._stop:
+                begin += within
+                self._file.seek(begin)
+                data, within = self._file.read(min(_READ_BYTES, self._stop - begin)), 0
+            if len(data) - within < _CENTRAL.size:
+                raise zipfile.BadZipFile("its directory is cut off")
+            fields = _CENTRAL.unpack_from(data, within)
+            name_at = within + _CENTRAL.size
+            extra_at = name_at + fields[10]
+            after = extra_at + fields[11] + fields[12]
+            if fields[0] != b"PK\1\2" or after > len(data):
+                raise zipfile.BadZipFile("its directory is damaged")
+            offset = fields[16]
+            if offset == _BIG:
+                if fields[11] < 12:
+                    raise zipfile.BadZipFile("its directory is damaged")
+                (offset,) = struct.unpack_from("<Q", data, extra_at + 4)
+            name = data[name_at:extra_at].decode("utf-8", "surrogateescape")
+            yield StoredEntry(name, fields[4], fields[7], fields[9], offset, begin + within)
+            within = after
+
+
+def contents(file: BinaryIO, entry: StoredEntry) -> Iterator[bytes]:
+    """The bytes of a file of a stored zip, in pieces.
+
+    Raises
+    ------
+    zipfile.BadZipFile
+        They are not what the zip's directory says; known at their end.
+    """
+    if entry.method != _STORED:
+        raise zipfile.BadZipFile(f"{printable(entry.name)}: compressed, expected stored")
+    file.seek(entry.offset)
+    header = file.read(_LOCAL.size)
+    left, crc = entry.size, 0
+    if len(header) == _LOCAL.size and header[:4] == b"PK\3\4":
+        fields = _LOCAL.unpack(header)
+        file.seek(fields[9] + fields[10], os.SEEK_CUR)
+        while left and (data := file.read(min(left, _READ_BYTES))):
+            crc = zlib.crc32(data, crc)
+            left -= len(data)
+            yield data
+    if left or crc != entry.crc:
+        raise zipfile.BadZipFile(f"{printable(entry.name)}: its length or checksum is not what the archive says")
+
+
 class ZipSink:
     """Keeps everything in one zip; see the module."""
 
@@ -152,10 +271,14 @@ class ZipSink:
                             if name.startswith(folders):
                                 yield name, data
                 return
-            for stem in self.layout.stems(self.plan.placements(range(shard.start, shard.stop))):
-                for kind in self.kinds:
-                    path = Layout.sample_path(kind, stem)
-                    yield path, self._archive.read(path)
+            with self.file.open("rb") as listing, self.file.open("rb") as file:
+                left = len(shard) * len(self.kinds)
+                for found in Directory(listing).entries(self._place_of(shard.start)):
+                    if left and found.name.startswith(folders):
+                        yield found.name, b"".join(contents(file, found))
+                        left -= 1
+                    if not left:
+                        break
         except (OSError, KeyError, zipfile.BadZipFile, struct.error) as error:
             raise DatasetError(f"{printable(self.file)}: can't be read: {error}") from None
 
@@ -185,9 +308,31 @@ class ZipSink:
             self.parts.rename(used)
         remove_tree(used)
 
+    def _place_of(self, index: int) -> int:
+        """Where in the zip's directory the files of a sample begin."""
+        (stem,) = self.layout.stems(self.plan.placements([index]))
+        path = Layout.sample_path(self.kinds[0], stem)
+        at = bisect_right(self._marks, (index, _FARTHEST)) - 1
+        with self.file.open("rb") as file:
+            after = Directory(file).entries(self._marks[at][1] if at >= 0 else None)
+            for found in itertools.islice(after, None if at < 0 else _MARK * len(KINDS)):
+                if found.name == path:
+                    return found.at
+        raise zipfile.BadZipFile(f"{path} is missing")
+
     @cached_property
-    def _archive(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(self.file)
+    def _marks(self) -> list[tuple[int, int]]:
+        """(sample, where its files begin in the zip's directory) of one sample in some thousand, sorted."""
+        folder, marks, count = f"{KINDS[self.kinds[0]]}/", [], 0
+        with self.file.open("rb") as file:
+            for found in Directory(file).entries():
+                if not found.name.startswith(folder):
+                    continue
+                index = found.name[found.name.rfind("_") + 1 : -4]
+                if count % _MARK == 0 and index.isdecimal():
+                    marks.append((int(index), found.at))
+                count += 1
+        return sorted(marks)
 
     def _parts_of(self, whole: Shard, pieces: list[Shard]) -> list[Shard]:
         parts = tiling(pieces, whole)

@@ -8,6 +8,7 @@ run would have made, byte for byte.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +18,7 @@ from gpufgbg.exceptions import DatasetError, printable
 from gpufgbg.files import atomic_path, fsync_folder, sync_file_system
 from gpufgbg.layout import TAR_SUFFIXES, Layout
 from gpufgbg.manifest import STATE, missing, tiling
-from gpufgbg.recipe import Plan, Shard
+from gpufgbg.recipe import Placements, Plan, Shard
 from gpufgbg.sinks import EncodedSamples, FileShard
 
 __all__ = ["TarSink"]
@@ -32,7 +33,8 @@ _HEADER[156:157] = b"0"
 _HEADER[257:265] = b"ustar\x0000"
 _HEADER_SUM = sum(_HEADER) + 8 * ord(" ")  # the checksum's own field counts as spaces
 UNFINISHED = "shard.tar"  # in the shard's folder
-_KIND_OF = {suffix: kind for kind, suffix in TAR_SUFFIXES.items()}
+_NAME = re.compile(r"shard-([0-9]{6,})(?:\.part-([0-9]{12,}-[0-9]{12,}))?\.tar")
+KIND_OF_SUFFIX = {suffix: kind for kind, suffix in TAR_SUFFIXES.items()}
 
 
 def member(name: str, data: bytes) -> bytes:
@@ -78,27 +80,31 @@ class TarSink:
 
     def pack(self, samples: EncodedSamples, folder: Path) -> bytes:
         """The samples as members, one after the other."""
-        p, plan = samples.placements, self.plan
         packed = []
         for n, stem in enumerate(samples.stems):
             for kind, files in samples.files.items():
                 packed.append(member(f"{stem}.{TAR_SUFFIXES[kind]}", files[n]))
-            f = int(p.foreground[n])
-            label = {
-                "index": int(p.index[n]),
-                "background": self.layout.background(int(p.background[n])),
-                "foreground": self.layout.foreground(f),
-                "repetition": int(p.repetition[n]),
-                "flip": bool(p.flip[n]),
-                "x": int(p.x[n]),
-                "y": int(p.y[n]),
-                "w": int(plan.foreground_widths[f]),
-                "h": int(plan.foreground_heights[f]),
-            }
-            if samples.depth_ranges is not None:
-                label["depth_min"], label["depth_max"] = samples.depth_ranges[n].tolist()
-            packed.append(member(f"{stem}.json", json.dumps(label).encode()))
+            depth_range = None if samples.depth_ranges is None else samples.depth_ranges[n].tolist()
+            packed.append(member(f"{stem}.json", self.label(samples.placements, n, depth_range)))
         return b"".join(packed)
+
+    def label(self, p: Placements, n: int, depth_range: Sequence[float] | None) -> bytes:
+        """``KEY.json`` of sample n of a batch; ``depth_range``: its least and greatest depth, where it has a map."""
+        f = int(p.foreground[n])
+        label = {
+            "index": int(p.index[n]),
+            "background": self.layout.background(int(p.background[n])),
+            "foreground": self.layout.foreground(f),
+            "repetition": int(p.repetition[n]),
+            "flip": bool(p.flip[n]),
+            "x": int(p.x[n]),
+            "y": int(p.y[n]),
+            "w": int(self.plan.foreground_widths[f]),
+            "h": int(self.plan.foreground_heights[f]),
+        }
+        if depth_range is not None:
+            label["depth_min"], label["depth_max"] = depth_range
+        return json.dumps(label).encode()
 
     def open(self, folder: Path, shard: Shard) -> _TarShard:
         """Begin a shard."""
@@ -109,6 +115,15 @@ class TarSink:
         cell, number = self.plan.cell(shard.start)
         piece = "" if shard == cell else f".part-{shard.name}"
         return self.folder / f"shard-{number:06d}{piece}.tar"
+
+    def shard_of(self, name: str) -> Shard | None:
+        """The shard, or the piece of one, that is kept under this name; None where no run makes such a file."""
+        found = _NAME.fullmatch(name)
+        if not found or int(found[1]) >= self.plan.cells:
+            return None
+        shard = Shard.from_name(found[2]) if found[2] else self.plan.cell_at(int(found[1]))
+        fits = shard.start < shard.stop <= len(self.plan) and self.path(shard).name == name
+        return shard if fits else None
 
     def sync(self) -> None:
         """One call for all shards that wait."""
@@ -126,6 +141,19 @@ class TarSink:
 
     def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
         """(path, bytes) of every file of a committed shard."""
+        for name, data in self.stored(shard):
+            stem, _, suffix = name.partition(".")
+            if KIND_OF_SUFFIX.get(suffix) in self.kinds:
+                yield Layout.sample_path(KIND_OF_SUFFIX[suffix], stem), data
+
+    def stored(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
+        """(name, bytes) of every member of a committed shard's tar file, labels and all.
+
+        Raises
+        ------
+        DatasetError
+            As for `Sink.read`.
+        """
         pieces = [shard]
         if not self.path(shard).exists():  # joined records of which the pieces are not joined yet
             pieces = tiling(self._pieces(self.plan.cell(shard.start)[0]), shard) or [shard]
@@ -133,10 +161,7 @@ class TarSink:
             path = self.path(piece)
             try:
                 with path.open("rb") as file:
-                    for name, data in members(file):
-                        stem, _, suffix = name.partition(".")
-                        if _KIND_OF.get(suffix) in self.kinds:
-                            yield Layout.sample_path(_KIND_OF[suffix], stem), data
+                    yield from members(file)
             except (OSError, ValueError) as error:
                 raise DatasetError(f"{printable(path)}: can't be read: {error}") from None
 
