@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["GenerateReport", "add_depth", "generate"]
 
 Progress = Callable[[int, int], None]
+_LOOKS = 100  # at records that other runs add meanwhile; the last of these to end lists all
 
 
 @dataclass(frozen=True)
@@ -488,7 +489,9 @@ class _Run:
                 if driver is not None:  # workers may have joined meanwhile
                     _add_engines(manifest, manifest.read() or content, driver.engines)
                 latest = finish_dataset(manifest, content, compositor, target, ahead)
-                while not manifest.settled(latest):
+                for _ in range(_LOOKS):
+                    if manifest.settled(latest):
+                        break
                     latest = finish_dataset(manifest, content, compositor, target, None)
             self.lap("finish: labels, dataset.json")
         numbers = latest["counts"]

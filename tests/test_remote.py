@@ -16,6 +16,7 @@ import oracle
 import pytest
 
 from gpufgbg import DatasetError, OptionError, Recipe, StorageError, generate, merge, stream
+from gpufgbg.manifest import open_manifest
 from gpufgbg.recipe import Shard
 from gpufgbg.remote import manifest as remote_manifest
 from gpufgbg.remote import store as remote_store
@@ -356,3 +357,69 @@ def test_a_store_that_is_gone(s3, monkeypatch):
     _forget()
     with pytest.raises(StorageError, match=r"s3://bucket/set: .*\(2 attempts\): run the same command again$"):
         Store("s3://bucket/set").read("dataset.json")
+
+
+def test_records_that_overlap_do_not_stop_a_run(make, s3, tmp_path, short_shards):
+    """Of a run that was stopped for so long that another took its samples: one of the two counts."""
+    make("whole")
+    url = "s3://bucket/set"
+    make(url, samples=(0, 25))
+    make("donor", samples=(23, 60))
+    late = "000000000023-000000000028.json"
+    Store(url).write(f".gpufgbg/shards/{late}", (tmp_path / "donor" / ".gpufgbg" / "shards" / late).read_bytes())
+    assert make(url).complete
+    shards = {name: data for name, data in tree_of(url).items() if name.startswith("shards/")}
+    assert shards == {k: v for k, v in oracle.tree_of(tmp_path / "whole").items() if k.startswith("shards/")}
+
+
+def test_an_s3fs_without_max_concurrency(s3, monkeypatch):
+    import s3fs
+
+    store = Store("s3://bucket/set")
+    store.write("x", b"0123456789")
+    calls = []
+
+    async def old(self, path, version_id=None, start=None, end=None):
+        calls.append(path)
+        return b"0123456789"[start:end]
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", old)
+    assert Store("s3://bucket/set").read("x", 2, 5) == b"234"
+    monkeypatch.setattr(Store, "_read_options", {"unknown": 1})
+    monkeypatch.setattr(remote_store, "_WAIT_S", 1000.0)
+    with pytest.raises(TypeError):  # at once
+        store.read("x", 2, 5)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [f"s3://user:{SECRET}@bucket/set", f"s3://user:a/{SECRET}@bucket/set", f"s3://user@bucket/set?token={SECRET}"],
+)
+def test_no_message_shows_a_credential(run, arguments, url):
+    for command in (
+        ("depth", url, "--weights=demo"), ("preview", url), ("verify", url), ("stats", url), ("merge", "out", url),
+        (*arguments, f"--backgrounds={url}"), (*arguments, f"--depth={url}"),
+        (*arguments, "--sink=tar", f"--out={url}"),
+    ):  # fmt: skip
+        code, printed, error = run(*command)
+        assert code == 2 and error.count("\n") == 1, command
+        assert SECRET not in printed + error and "user" not in error, command
+
+
+def test_urls():
+    for url, reason in {
+        "s3://bucket//set": "an empty name between two slashes",
+        "s3://bucket/a//b": "an empty name between two slashes",
+        "s3://bucket/a::b": "a chain of file systems",
+        "file://dataset": "names the host dataset: expected file:///FOLDER",
+        "file:///tmp/a?b": "with [?] or # in it",
+        "file:///tmp/a#b": "with [?] or # in it",
+    }.items():
+        with pytest.raises(OptionError, match=reason):
+            open_manifest(url)
+    assert Store("abfss://container@account.dfs.core.windows.net/set/").url.endswith(
+        "@account.dfs.core.windows.net/set"
+    )
+    with pytest.raises(OptionError, match=r"^out: abfss://account/\.\.\.: a URL with a credential"):
+        Store(f"abfss://container:{SECRET}@account/set")

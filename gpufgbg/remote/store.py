@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import importlib
+import inspect
 import io
 import random
 import re
@@ -80,6 +81,14 @@ class Store:
             raise OptionError("out", f"{printable(self.url)}: {_reason(error)}") from None
         return fs, root.rstrip("/")
 
+    @functools.cached_property
+    def _read_options(self) -> dict[str, Any]:
+        """Of reading: versions of s3fs that know of several requests at a time ask for the length before them."""
+        if self.scheme not in ("s3", "s3a"):
+            return {}
+        known = inspect.signature(type(self._opened[0])._cat_file).parameters
+        return {"max_concurrency": 1} if "max_concurrency" in known else {}
+
     def _path(self, key: str) -> str:
         root = self._opened[1]
         return f"{root}/{key}" if key else root
@@ -98,6 +107,8 @@ class Store:
                 if absent:
                     raise
                 reason = "the store says that there is no such object"
+            except (TypeError, AttributeError, NameError):
+                raise  # of a package of another version, or a mistake: it does not pass
             except PermissionError as error:
                 raise StorageError(
                     f"{printable(self.url)}: access denied: {_reason(error)}: check the credentials, which come from "
@@ -137,7 +148,7 @@ class Store:
     def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
         """An object's bytes, or those from ``start`` to ``stop``; `FileNotFoundError` where there is none."""
         path, fs = self._path(key), self._opened[0]
-        options = {"max_concurrency": 1} if self.scheme in ("s3", "s3a") else {}  # or it asks for the length first
+        options = self._read_options
 
         def whole() -> bytes:
             data: bytes = fs.cat_file(path, start=start, end=stop, **options)
