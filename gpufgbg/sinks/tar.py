@@ -153,16 +153,28 @@ class TarSink:
             pieces, whole = self._pieces(cell), self.path(cell)
             order = tiling(pieces, cell)
             if order and not whole.exists():
-                with self._whole(whole) as temporary:
-                    writer = _TarShard(temporary)
-                    for piece in order:
-                        with self.path(piece).open("rb") as file:
-                            for name, data in members(file):
-                                writer.append(member(name, data))
-                    writer.close()
+                try:
+                    self._join(order, whole)
+                except FileNotFoundError:  # in a store, another run that ends has joined and removed them
+                    if not whole.exists():
+                        raise
             if whole.exists():
                 for piece in pieces:
                     self.path(piece).unlink(missing_ok=True)
+
+    def _join(self, pieces: Sequence[Shard], whole: Path) -> None:
+        """Make the shard at ``whole`` of its pieces."""
+        with self._whole(whole) as temporary:
+            writer = _TarShard(temporary)
+            try:
+                for piece in pieces:
+                    with self.path(piece).open("rb") as file:
+                        for name, data in members(file):
+                            writer.append(member(name, data))
+            except BaseException:
+                writer.abandon()
+                raise
+            writer.close()
 
     def _whole(self, path: Path) -> AbstractContextManager[Path]:
         """A file to write inside the block, which then becomes the shard at ``path``."""
