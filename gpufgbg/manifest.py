@@ -220,7 +220,14 @@ class Manifest:
     ----------
     out : Path
         Root of the data set.
+
+    Attributes
+    ----------
+    claims_wait : bool
+        Whether `claim` may wait for another run, so that there may be more records after it.
     """
+
+    claims_wait = False
 
     def __init__(self, out: Path) -> None:
         self.out = out

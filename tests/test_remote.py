@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -15,13 +19,14 @@ import faults
 import oracle
 import pytest
 
-from gpufgbg import DatasetError, OptionError, Recipe, StorageError, generate, merge, stream
+from gpufgbg import DatasetError, OptionError, Recipe, StorageError, generate, merge, pipeline, stream
 from gpufgbg.manifest import open_manifest
 from gpufgbg.recipe import Shard
 from gpufgbg.remote import manifest as remote_manifest
 from gpufgbg.remote import store as remote_store
 from gpufgbg.remote.manifest import RemoteManifest
 from gpufgbg.remote.store import RemotePath, Store
+from gpufgbg.sinks.tar import TarSink
 from gpufgbg.statistics import statistics
 from gpufgbg.verify import verify
 
@@ -423,3 +428,92 @@ def test_urls():
     )
     with pytest.raises(OptionError, match=r"^out: abfss://account/\.\.\.: a URL with a credential"):
         Store(f"abfss://container:{SECRET}@account/set")
+
+
+@pytest.fixture
+def slow_memory(monkeypatch):
+    """A store in memory that takes some milliseconds a request."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def slowed(call):
+        def late(*given, **options):
+            time.sleep(random.uniform(0, 0.01))
+            return call(*given, **options)
+
+        return late
+
+    for name in ("pipe_file", "put_file", "cat_file", "ls", "info", "rm_file"):
+        monkeypatch.setattr(MemoryFileSystem, name, slowed(getattr(MemoryFileSystem, name)))
+    return "memory://bucket/" + os.urandom(4).hex()
+
+
+def test_of_two_claims_at_once_one_goes_on(slow_memory, monkeypatch):
+    monkeypatch.setattr(remote_manifest, "BEAT_S", 0.2)
+    monkeypatch.setattr(remote_manifest, "DEAD_S", 2.0)
+    for trial in range(20):
+        begin, end, held = threading.Barrier(2), threading.Barrier(2), []
+
+        def claim(trial=trial, begin=begin, end=end, held=held):
+            manifest = RemoteManifest(f"{slow_memory}/{trial}")
+            begin.wait()
+            time.sleep(random.uniform(0, 0.02))
+            with contextlib.suppress(DatasetError), manifest.claim(Shard(0, 10)):
+                held.append(trial)
+                end.wait()
+                return
+            end.wait()
+
+        threads = [threading.Thread(target=claim) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(held) == 1
+
+
+@pytest.mark.parametrize("until", [150, 192])
+def test_what_was_made_while_a_claim_waited_is_not_made_again(make, s3, monkeypatch, until):
+    url = "s3://bucket/set"
+    original = RemoteManifest.claim
+    first = []
+
+    def claim(self, part):
+        if not first:
+            first.append(part)
+            make(url, samples=(0, until))
+        return original(self, part)
+
+    monkeypatch.setattr(RemoteManifest, "claim", claim)
+    report = make(url)
+    assert (report.samples, report.complete) == (192 - until, True)
+
+
+def test_two_slices_that_share_a_shard_end_together(make, slow_memory, tmp_path, monkeypatch, short_shards):
+    """Both join its pieces; the one that is late finds them gone."""
+    make("whole")
+    make(slow_memory, samples=(0, 4))
+    original = TarSink._join
+    late = []
+
+    def join(self, pieces, whole):
+        if not late:
+            late.append(whole)
+            make(slow_memory)  # joins and removes them
+        original(self, pieces, whole)
+
+    monkeypatch.setattr(TarSink, "_join", join)
+    make(slow_memory, samples=(4, 192))
+    assert late and tree_of(slow_memory) == oracle.tree_of(tmp_path / "whole")
+    url = f"{slow_memory}-records"
+    make(url, samples=(0, 4))
+    joined, late = pipeline._joined, []
+
+    def join_records(*given):
+        if not late:
+            late.append(1)
+            make(url)
+        return joined(*given)
+
+    monkeypatch.setattr(pipeline, "_joined", join_records)
+    make(url, samples=(4, 192))
+    assert late and tree_of(url) == oracle.tree_of(tmp_path / "whole")

@@ -41,6 +41,8 @@ class RemoteManifest(Manifest):
         Root of the data set.
     """
 
+    claims_wait = True
+
     def __init__(self, url: str) -> None:
         self.store = Store(url)
         super().__init__(cast(Path, RemotePath(self.store)))  # it has what is used of a path
@@ -95,8 +97,9 @@ class RemoteManifest(Manifest):
         lease = _Lease(self.store, f"{STATE}/runs/{part.name}-{uuid.uuid4().hex}.json")
         try:
             for other in self._overlapping(part):
-                if other < lease.key:  # begun at the same moment: one of the two goes on
-                    self._refuse(other)
+                if other != lease.key:
+                    self._settle(lease.key, other)
+            lease.hold()
             folder = self._local / "run"
             folder.mkdir(parents=True)
             try:
@@ -127,6 +130,23 @@ class RemoteManifest(Manifest):
                     waiting.remove(key)  # it has ended
                 elif now != first[key]:
                     self._refuse(key)
+
+    def _settle(self, own: str, other: str) -> None:
+        """Return once ``other``, begun at the same moment, has given way; `DatasetError` where this run has to.
+
+        A lease is written as one that claims, then others are looked for, then it holds. Of two that claim, the
+        greater key gives way; but it may have looked before the smaller was there. So the smaller waits until the
+        greater holds or is gone, and never do both go on.
+        """
+        seen, since = None, time.monotonic()
+        while (now := self._look(other)) is not None and not _died_here(now):
+            if other < own or not now.get("claims"):
+                self._refuse(other)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() > since + DEAD_S:
+                return
+            time.sleep(min(BEAT_S, DEAD_S, 0.4) / 4)
 
     def _look(self, key: str) -> Any:
         try:
@@ -211,15 +231,25 @@ class _Lease:
         self.key = key
         self._store = store
         self._beats = 0
+        self._claims = True
+        self._lock = threading.Lock()
         self._over = threading.Event()
         self._write()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
     def _write(self) -> None:
-        self._beats += 1
-        content = {"machine": _machine(), "process": os.getpid(), "beats": self._beats}
-        self._store.write(self.key, json.dumps(content).encode())
+        with self._lock:
+            self._beats += 1
+            content = {"machine": _machine(), "process": os.getpid(), "beats": self._beats}
+            if self._claims:
+                content["claims"] = True
+            self._store.write(self.key, json.dumps(content).encode())
+
+    def hold(self) -> None:
+        """No other claims these samples: from here on none may."""
+        self._claims = False
+        self._write()
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
