@@ -517,3 +517,32 @@ def test_two_slices_that_share_a_shard_end_together(make, slow_memory, tmp_path,
     monkeypatch.setattr(pipeline, "_joined", join_records)
     make(url, samples=(4, 192))
     assert late and tree_of(url) == oracle.tree_of(tmp_path / "whole")
+
+
+def test_a_store_that_never_answers(arguments, run, s3, monkeypatch):
+    """It takes connections and says nothing: one line in the end, before any work and after."""
+    import socket
+
+    monkeypatch.setattr(remote_store, "_DEADLINE_S", 1.0)
+    monkeypatch.setattr("gpufgbg.pipeline.prepare_sources", lambda *a: pytest.fail("work was done"))
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 600}})
+    given = [argument for argument in arguments if not argument.startswith("--out")]
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        _forget()
+        begun = time.monotonic()
+        code, _, error = run(*given, "--sink=tar", "--out=s3://bucket/set")
+        assert code == 2 and error.count("\n") == 1
+        assert "s3://bucket/set: no answer within 1 s (2 attempts): run the same command again" in error
+        with pytest.raises(StorageError, match="no answer within 1 s"):
+            Store("s3://bucket/set").write_many({"a": b"", "b": b""})
+        assert time.monotonic() - begun < 30
+
+
+def test_removing_many(s3):
+    store = Store("s3://bucket/set")
+    store.write_many({f"a/{n}": b"" for n in range(40)})
+    store.remove(f"a/{n}" for n in range(1, 50))  # also some that are not there
+    assert list(store.list("a")) == ["0"]
+    store.remove(["a/0", "a/1"])
+    assert not store.list("a")
