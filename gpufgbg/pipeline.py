@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["GenerateReport", "add_depth", "generate"]
 
 Progress = Callable[[int, int], None]
-_LOOKS = 100  # at records that other runs add meanwhile; the last of these to end lists all
+LOOKS = 100  # at records that other runs add meanwhile; the last of these to end lists all
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def generate(
             run.processes()
         described: dict[str, Any] = {"recipe": recipe.to_dict(), "sink": sink, "depth": None}
         if not labels:
-            described["labels"] = False
+            described["labels"] = manifest.keeps_ranges = False
         if options is not None:
             described["depth"] = run.open_network(options, recipe)
         if content is None:
@@ -277,6 +277,7 @@ def add_depth(
             raise DatasetError(
                 f"{printable(manifest.out)}: has no samples yet: make them with gpufgbg generate --depth"
             )
+        manifest.keeps_ranges = content.get("labels", True)
         described = run.open_network(options, recipe)
         _check_same_depth(manifest, content, described)
         if run.devices and (content.get("depth") is None or not content["complete"]):
@@ -491,7 +492,7 @@ class _Run:
                 if driver is not None:  # workers may have joined meanwhile
                     _add_engines(manifest, manifest.read() or content, driver.engines)
                 latest = finish_dataset(manifest, content, compositor, target, ahead)
-                for _ in range(_LOOKS):
+                for _ in range(LOOKS):
                     if manifest.settled(latest):
                         break
                     latest = finish_dataset(manifest, content, compositor, target, None)
@@ -874,7 +875,7 @@ def _joined(manifest: Manifest, sink: sinks.Sink, cell: Shard, pieces: list[Shar
         checksum.hexdigest(),
         {kind: sum(piece.size_bytes[kind] for piece in pieces) for kind in kinds},
         {kind: Moments.total(piece.moments[kind] for piece in pieces) for kind in kinds},
-        manifest.depth_ranges(cell, pieces) if "depth" in kinds else None,
+        manifest.depth_ranges(cell, pieces) if "depth" in kinds and manifest.keeps_ranges else None,
     )
 
 

@@ -8,6 +8,7 @@ same samples twice. Where they fail to, nothing is lost: both write the same byt
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -173,10 +174,11 @@ class RemoteManifest(Manifest):
         ranges = {
             f"{STATE}/depth/{r.shard.name}.f32": r.depth_ranges.astype("<f4").tobytes()
             for r in records
-            if r.depth_ranges is not None
+            if r.depth_ranges is not None and self.keeps_ranges
         }
         self.store.write_many(ranges)  # they are there before their record is
         self.store.write_many({f"{STATE}/shards/{r.shard.name}.json": r.to_json() for r in records})
+        self._known.update({f"{r.shard.name}.json": dataclasses.replace(r, depth_ranges=None) for r in records})
 
     def forget_pieces(self, joined: Iterable[ShardRecord]) -> None:
         """Remove the records of pieces that lie in these joined ones."""
@@ -189,8 +191,10 @@ class RemoteManifest(Manifest):
             for name in gone:
                 self._known.pop(name, None)
 
-    def _floats(self, name: str, first: int, count: int) -> bytes:
-        return self.store.read(f"{STATE}/depth/{name}", 4 * first, 4 * (first + count))
+    def _floats(self, wanted: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+        return self.store.read_parts(
+            (f"{STATE}/depth/{name}", 4 * first, 4 * (first + n)) for name, first, n in wanted
+        )
 
     def _read_records(self) -> Iterator[ShardRecord]:
         """Records never change once they are written: each is read once."""

@@ -187,8 +187,15 @@ class Store:
 
     def read_many(self, keys: Iterable[str]) -> Iterator[bytes]:
         """The bytes of several objects, in order."""
+        return self.read_parts((key, None, None) for key in keys)
+
+    def read_parts(self, parts: Iterable[tuple[str, int | None, int | None]]) -> Iterator[bytes]:
+        """The bytes of several (object, start, stop), in order; some are on their way at a time."""
+        parts = list(parts)
+        if not parts:
+            return
         with ThreadPoolExecutor(_REQUESTS) as pool:
-            yield from pool.map(self.read, keys)
+            yield from pool.map(lambda part: self.read(*part), parts)
 
     def size(self, key: str) -> int:
         """An object's length in bytes; `FileNotFoundError` where there is none."""

@@ -126,6 +126,24 @@ class TarSink:
 
     def read(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
         """(path, bytes) of every file of a committed shard."""
+        for name, data in self._members(shard):
+            stem, _, suffix = name.partition(".")
+            if _KIND_OF.get(suffix) in self.kinds:
+                yield Layout.sample_path(_KIND_OF[suffix], stem), data
+
+    def read_ranges(self, shard: Shard) -> Iterator[tuple[float, float]]:
+        """Least and greatest depth of each sample of a committed shard with depth maps, as its labels have them."""
+        try:
+            for name, data in self._members(shard):
+                if name.endswith(".json"):
+                    label = json.loads(data)
+                    yield label["depth_min"], label["depth_max"]
+        except DatasetError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{printable(self.path(shard))}: a label without depths: {error!r}") from None
+
+    def _members(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
         pieces = [shard]
         if not self.path(shard).exists():  # joined records of which the pieces are not joined yet
             pieces = tiling(self._pieces(self.plan.cell(shard.start)[0]), shard) or [shard]
@@ -133,10 +151,7 @@ class TarSink:
             path = self.path(piece)
             try:
                 with path.open("rb") as file:
-                    for name, data in members(file):
-                        stem, _, suffix = name.partition(".")
-                        if _KIND_OF.get(suffix) in self.kinds:
-                            yield Layout.sample_path(_KIND_OF[suffix], stem), data
+                    yield from members(file)
             except (OSError, ValueError) as error:
                 raise DatasetError(f"{printable(path)}: can't be read: {error}") from None
 
