@@ -17,6 +17,7 @@ A message names the file or option, what was found, what was expected, and what 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 __all__ = [
@@ -32,13 +33,27 @@ __all__ = [
 ]
 
 
+#: a URL's scheme, its user, and what follows the place; of ``s3://`` a `Path` leaves one slash
+_URL = re.compile(r"(?<!\w)([A-Za-z][A-Za-z0-9+.-]+):(//?)([^\s/@:?#]*:[^\s@?#]*@|[^\s/@?#]*@)?([^\s?#]*)([?#]\S*)?")
+CONTAINERS = ("abfs", "abfss", "az")  # schemes whose URL has CONTAINER@ACCOUNT, where others have a user
+
+
 def printable(name: object) -> str:
-    """A file name or value as one printable line, whatever bytes it holds."""
+    """A file name or value as one printable line, whatever bytes it holds; URLs without what may be secret."""
     text = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
-    return "".join(
+    text = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in os.fsdecode(text)
     )
+    return _URL.sub(_public, text)
+
+
+def _public(url: re.Match[str]) -> str:
+    """A URL without user, query and fragment."""
+    scheme, slashes, user, place, _ = url.groups(default="")
+    if scheme.lower() in CONTAINERS and ":" not in user:
+        place = user + place
+    return f"{scheme}:{slashes}{place}"
 
 
 class GpufgbgError(Exception):

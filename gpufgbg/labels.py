@@ -181,6 +181,7 @@ def _write_table(
     import pyarrow.parquet as pq
 
     schema, made = table_schema(depth_ranges is not None), TableRows(plan, areas)
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    # an open file, since pyarrow takes a relative path with a colon in it for a URL
+    with path.open("wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for rows in row_groups(done):
             writer.write_table(pa.Table.from_arrays(made.columns(rows, depth_ranges), schema=schema))

@@ -4,7 +4,7 @@
 
     OUT/dataset.json                      recipe, assets, counts, statistics, shards; written last
     OUT/.gpufgbg/shards/START-STOP.json   one record a committed shard, small, written atomically
-    OUT/.gpufgbg/depth/START-STOP.f32     with depth: least and greatest depth of each of its samples
+    OUT/.gpufgbg/depth/START-STOP.f32     with depth and labels: least and greatest depth of each of its samples
     OUT/.gpufgbg/journal/                 with depth on a CPU: maps of shards under way (`gpufgbg.depth.journal`)
     OUT/.gpufgbg/segments/                lists of shards that one record stands for, see gpufgbg.segments
     OUT/.gpufgbg/runs/START-STOP/         of a run under way: its lock and its unfinished shards
@@ -220,7 +220,17 @@ class Manifest:
     ----------
     out : Path
         Root of the data set.
+
+    Attributes
+    ----------
+    claims_wait : bool
+        Whether `claim` may wait for another run, so that there may be more records after it.
+    keeps_ranges : bool
+        Whether the least and greatest depth of each sample are kept: for label files alone.
     """
+
+    claims_wait = False
+    keeps_ranges = True
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -352,7 +362,7 @@ class Manifest:
             path = self.scratch / f"{record.shard.name}.json"
             path.write_bytes(record.to_json())
             written.append(path)
-            if record.depth_ranges is not None:
+            if record.depth_ranges is not None and self.keeps_ranges:
                 path = self.scratch / f"{record.shard.name}.f32"
                 path.write_bytes(record.depth_ranges.astype("<f4").tobytes())
                 ranges.append(path)
@@ -375,29 +385,34 @@ class Manifest:
         DatasetError
             A file of them is gone or damaged.
         """
-        found = []
+        wanted: list[tuple[str, int, int]] = []
         for at in range(bisect_right(records, part.start, key=lambda record: record.shard.stop), len(records)):
             shard = records[at].shard
             start, stop = max(part.start, shard.start), min(part.stop, shard.stop)
             if start >= stop:
                 break
-            path = self._depth / f"{shard.name}.f32"
+            wanted.append((f"{shard.name}.f32", 2 * (start - shard.start), 2 * (stop - start)))
+        found, read = [], self._floats(wanted)
+        for name, _, count in wanted:
+            path = self._depth / name
             try:
-                data = self._floats(path.name, 2 * (start - shard.start), 2 * (stop - start))
+                data = next(read)
             except StorageError:
                 raise
             except OSError as error:
-                raise DatasetError(f"{printable(path)}: can't be read: {error.strerror}") from None
-            if len(data) != 8 * (stop - start):
+                reason = error.strerror or "no such file"
+                raise DatasetError(f"{printable(path)}: can't be read: {reason}") from None
+            if len(data) != 4 * count:
                 raise DatasetError(f"{printable(path)}: damaged: too short")
             found.append(np.frombuffer(data, "<f4").reshape(-1, 2))
         return np.concatenate(found) if found else np.empty((0, 2), np.float32)
 
-    def _floats(self, name: str, first: int, count: int) -> bytes:
-        """The bytes of ``count`` floats of a file of depths; fewer where it is too short."""
-        with (self._depth / name).open("rb") as file:
-            file.seek(4 * first)
-            return file.read(4 * count)
+    def _floats(self, wanted: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+        """The bytes of (name, first, count) floats of files of depths, in order; fewer where one is too short."""
+        for name, first, count in wanted:
+            with (self._depth / name).open("rb") as file:
+                file.seek(4 * first)
+                yield file.read(4 * count)
 
     def forget(self, record: ShardRecord) -> None:
         """Remove one record."""

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from gpufgbg import sinks
 from gpufgbg.assets import Assets
 from gpufgbg.compositor import Compositor, check_workers
@@ -20,7 +23,7 @@ from gpufgbg.exceptions import DatasetError, Interrupted, OptionError, printable
 from gpufgbg.files import storage_errors
 from gpufgbg.layout import SAMPLE_KINDS
 from gpufgbg.manifest import Manifest, Recorder, ShardRecord, merged, missing, open_dataset, open_manifest, within
-from gpufgbg.pipeline import begin_dataset, depth_differences, differences_of, finish_dataset, load_assets
+from gpufgbg.pipeline import LOOKS, begin_dataset, depth_differences, differences_of, finish_dataset, load_assets
 from gpufgbg.recipe import Plan, Recipe, Shard
 from gpufgbg.segments import CompactingRecorder, has_segments, shards_of
 from gpufgbg.shards import Committer, OpenShard
@@ -136,13 +139,18 @@ def merge(
                 if wanted:
                     span = Shard(wanted[0][1].shard.start, wanted[-1][1].shard.stop)
                     folder = held.enter_context(manifest.claim(span))
+                    if manifest.claims_wait:
+                        wanted = _wanted(manifest, opened)
                 content = manifest.read() or _begin(manifest, opened, assets, plan)
+            manifest.keeps_ranges = content.get("labels", True)
             sink = sinks.select(content["sink"], manifest.out, plan, first.sink.kinds)
             if wanted:
                 _take(recorder, sink, plan, wanted, folder, threads, progress)
             with manifest.locked():
                 latest = finish_dataset(manifest, content, compositor, sink, None)
-                while not manifest.settled(latest):
+                for _ in range(LOOKS):
+                    if manifest.settled(latest):
+                        break
                     latest = finish_dataset(manifest, content, compositor, sink, None)
         done = merged([record.shard for record in manifest.records()])
     return MergeReport(
@@ -315,7 +323,7 @@ def _copy(part: _Part, record: ShardRecord, sink: sinks.Sink, plan: Plan, folder
     opened = OpenShard(plan, sink, shard, folder)
     kinds = part.sink.kinds
     try:
-        ranges_of_depth = part.manifest.depth_ranges(shard, [record]) if "depth" in kinds else None
+        ranges_of_depth = _depth_ranges(part, record) if "depth" in kinds else None
         source = part.sink.read(shard)
         for start in range(0, len(shard), _BATCH):
             batch = slice(start, min(start + _BATCH, len(shard)))
@@ -334,6 +342,16 @@ def _copy(part: _Part, record: ShardRecord, sink: sinks.Sink, plan: Plan, folder
         opened.abandon()
         raise
     return ShardRecord(shard, record.checksum, record.size_bytes, record.moments, ranges_of_depth), opened.folder
+
+
+def _depth_ranges(part: _Part, record: ShardRecord) -> npt.NDArray[np.float32]:
+    """(samples, 2) least and greatest depth: kept for label files; where there are none, in the shard's labels."""
+    if part.content.get("labels", True):
+        return part.manifest.depth_ranges(record.shard, [record])
+    found = np.array(list(part.sink.read_ranges(record.shard)), np.float32).reshape(-1, 2)  # type: ignore[attr-defined]
+    if len(found) != len(record.shard):
+        raise _damaged(part, record.shard)
+    return found
 
 
 def _damaged(part: _Part, shard: Shard) -> DatasetError:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["GenerateReport", "add_depth", "generate"]
 
 Progress = Callable[[int, int], None]
+LOOKS = 100  # at records that other runs add meanwhile; the last of these to end lists all
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def generate(
             run.processes()
         described: dict[str, Any] = {"recipe": recipe.to_dict(), "sink": sink, "depth": None}
         if not labels:
-            described["labels"] = False
+            described["labels"] = manifest.keeps_ranges = False
         if options is not None:
             described["depth"] = run.open_network(options, recipe)
         if content is None:
@@ -276,6 +277,7 @@ def add_depth(
             raise DatasetError(
                 f"{printable(manifest.out)}: has no samples yet: make them with gpufgbg generate --depth"
             )
+        manifest.keeps_ranges = content.get("labels", True)
         described = run.open_network(options, recipe)
         _check_same_depth(manifest, content, described)
         if run.devices and (content.get("depth") is None or not content["complete"]):
@@ -460,8 +462,10 @@ class _Run:
             with manifest.locked():
                 gaps = self._gaps(wanted)
                 scope = self._scope
-                after = merged(list({*(record.shard for record in manifest.records()), *gaps}))
                 claimed = held.enter_context(manifest.claim(Shard(scope[0].start, scope[-1].stop))) if gaps else None
+                if claimed is not None and manifest.claims_wait:  # for another run, which may have made them
+                    gaps = self._gaps(wanted)
+                after = merged(list({*(record.shard for record in manifest.records()), *gaps}))
                 content = begin()
                 engines = driver.engines if driver else [model.engine.description] if model else []
                 if gaps:
@@ -469,7 +473,7 @@ class _Run:
             self.lap("write the assets and the first dataset.json")
             made, total = _count(gaps), _count(scope)
             ahead: LabelJob | None = None
-            if claimed is not None:
+            if claimed is not None and gaps:
                 maker = driver or select_maker(compositor, target, manifest, self.workers, self.batch_size, model)
                 labels: LabelJob | None = None
                 if content.get("labels", True):
@@ -488,7 +492,9 @@ class _Run:
                 if driver is not None:  # workers may have joined meanwhile
                     _add_engines(manifest, manifest.read() or content, driver.engines)
                 latest = finish_dataset(manifest, content, compositor, target, ahead)
-                while not manifest.settled(latest):
+                for _ in range(LOOKS):
+                    if manifest.settled(latest):
+                        break
                     latest = finish_dataset(manifest, content, compositor, target, None)
             self.lap("finish: labels, dataset.json")
         numbers = latest["counts"]
@@ -843,22 +849,34 @@ def _join_records(manifest: Manifest, compositor: Compositor, sink: sinks.Sink) 
         if len(pieces) == 1 or sum(len(piece.shard) for piece in pieces) != len(cell):
             joined.extend(pieces)
             continue
-        checksum = ShardChecksum()
-        for piece in pieces:
-            for path, data in sink.read(piece.shard):
-                checksum.add(path, data)
-        kinds = pieces[0].moments
-        whole = ShardRecord(
-            cell,
-            checksum.hexdigest(),
-            {kind: sum(piece.size_bytes[kind] for piece in pieces) for kind in kinds},
-            {kind: Moments.total(piece.moments[kind] for piece in pieces) for kind in kinds},
-            manifest.depth_ranges(cell, pieces) if "depth" in kinds else None,
-        )
+        try:
+            whole = _joined(manifest, sink, cell, pieces)
+        except DatasetError:  # in a store, another run that ends may have joined and removed them
+            found = [record for record in manifest.records() if record.shard == cell]
+            if not found:
+                raise
+            joined.extend(found)
+            continue
         manifest.record([whole])
         joined.append(whole)
     manifest.forget_pieces(joined)
     return pack_segments(manifest, compositor.plan, joined)
+
+
+def _joined(manifest: Manifest, sink: sinks.Sink, cell: Shard, pieces: list[ShardRecord]) -> ShardRecord:
+    """The pieces of a cell as one record."""
+    checksum = ShardChecksum()
+    for piece in pieces:
+        for path, data in sink.read(piece.shard):
+            checksum.add(path, data)
+    kinds = pieces[0].moments
+    return ShardRecord(
+        cell,
+        checksum.hexdigest(),
+        {kind: sum(piece.size_bytes[kind] for piece in pieces) for kind in kinds},
+        {kind: Moments.total(piece.moments[kind] for piece in pieces) for kind in kinds},
+        manifest.depth_ranges(cell, pieces) if "depth" in kinds and manifest.keeps_ranges else None,
+    )
 
 
 def _file_bytes(assets: Assets, kind: str) -> int:

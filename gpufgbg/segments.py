@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from gpufgbg.exceptions import DatasetError, StorageError, printable
 from gpufgbg.manifest import STATE, Manifest, ShardRecord
@@ -28,8 +32,16 @@ def has_segments(plan: Plan) -> bool:
     return plan.cells >= SEGMENT_SHARDS
 
 
-def pack_segments(manifest: Manifest, plan: Plan, records: Sequence[ShardRecord]) -> list[ShardRecord]:
-    """``records`` (all, sorted) with those of whole segments as one each. Call it with the lock held."""
+def pack_segments(
+    manifest: Manifest,
+    plan: Plan,
+    records: Sequence[ShardRecord],
+    ranges: Mapping[Shard, npt.NDArray[np.float32]] | None = None,
+) -> list[ShardRecord]:
+    """``records`` (all, sorted) with those of whole segments as one each. Call it with the lock held.
+
+    ``ranges`` are least and greatest depths that need not be read again.
+    """
     if len(records) < SEGMENT_SHARDS:
         return list(records)
     groups: dict[int, list[ShardRecord]] = {}
@@ -51,7 +63,7 @@ def pack_segments(manifest: Manifest, plan: Plan, records: Sequence[ShardRecord]
             _checksum(found),
             {kind: sum(r.size_bytes[kind] for r in found) for kind in kinds},
             {kind: Moments.total(r.moments[kind] for r in found) for kind in kinds},
-            manifest.depth_ranges(whole, found) if "depth" in kinds else None,
+            _ranges_of(manifest, found, ranges or {}) if "depth" in kinds and manifest.keeps_ranges else None,
             len(found),
         )
         manifest.put({_list_path(whole): _to_parquet(found)})  # it is there before the record says so
@@ -61,6 +73,20 @@ def pack_segments(manifest: Manifest, plan: Plan, records: Sequence[ShardRecord]
     if new:
         manifest.forget_pieces(new)
     return packed
+
+
+def _ranges_of(
+    manifest: Manifest, records: Sequence[ShardRecord], known: Mapping[Shard, npt.NDArray[np.float32]]
+) -> npt.NDArray[np.float32]:
+    """(samples, 2) least and greatest depth of neighbours; those that are not known are read."""
+    parts: list[npt.NDArray[np.float32]] = []
+    for is_known, group in itertools.groupby(records, key=lambda record: record.shard in known):
+        some = list(group)
+        if is_known:
+            parts += [known[record.shard] for record in some]
+        else:
+            parts.append(manifest.depth_ranges(Shard(some[0].shard.start, some[-1].shard.stop), some))
+    return np.concatenate(parts)
 
 
 def shards_of(manifest: Manifest, record: ShardRecord) -> list[ShardRecord]:
@@ -111,16 +137,22 @@ class CompactingRecorder:
         self._manifest = manifest
         self._plan = plan
         self._new = 0
+        self._ranges: dict[Shard, npt.NDArray[np.float32]] = {}  # of shards that may still be packed, the newest
 
     def record(self, records: Iterable[ShardRecord]) -> None:
         """Commit: from here on these shards count as made."""
         records = list(records)
         self._manifest.record(records)
         self._new += len(records)
+        if self._manifest.keeps_ranges:
+            self._ranges.update({r.shard: r.depth_ranges for r in records if r.depth_ranges is not None})
         if self._new >= SEGMENT_SHARDS:
             with self._manifest.locked():
-                pack_segments(self._manifest, self._plan, self._manifest.records())
+                left = pack_segments(self._manifest, self._plan, self._manifest.records(), self._ranges)
             self._new = 0
+            single = {record.shard for record in left if record.shards == 1}
+            kept = [shard for shard in self._ranges if shard in single][-2 * SEGMENT_SHARDS :]
+            self._ranges = {shard: self._ranges[shard] for shard in kept}
 
 
 def _list_path(whole: Shard) -> str:

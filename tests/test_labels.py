@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tracemalloc
 from pathlib import Path
 
@@ -19,6 +20,12 @@ AREAS = np.array([40, 50], np.int32)
 
 def plan_of(per_pair: int, backgrounds: int = 3) -> Plan:
     return Plan(Recipe(size=(64, 48), foreground_height=20, per_pair=per_pair), backgrounds, [10, 30], [20, 20])
+
+
+def test_a_relative_folder_with_a_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    labels.write_labels(Path("run-12:30:00"), plan_of(1), AREAS, [Shard(0, 6)])
+    assert len(pq.read_table(io.BytesIO((tmp_path / "run-12:30:00" / "labels.parquet").read_bytes()))) == 6
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1 << 16])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -15,12 +19,14 @@ import faults
 import oracle
 import pytest
 
-from gpufgbg import DatasetError, OptionError, Recipe, StorageError, generate, merge, stream
+from gpufgbg import DatasetError, OptionError, Recipe, StorageError, generate, merge, pipeline, stream
+from gpufgbg.manifest import open_manifest
 from gpufgbg.recipe import Shard
 from gpufgbg.remote import manifest as remote_manifest
 from gpufgbg.remote import store as remote_store
 from gpufgbg.remote.manifest import RemoteManifest
 from gpufgbg.remote.store import RemotePath, Store
+from gpufgbg.sinks.tar import TarSink
 from gpufgbg.statistics import statistics
 from gpufgbg.verify import verify
 
@@ -431,3 +437,187 @@ def test_a_store_that_is_gone(s3, monkeypatch):
     _forget()
     with pytest.raises(StorageError, match=r"s3://bucket/set: .*\(2 attempts\): run the same command again$"):
         Store("s3://bucket/set").read("dataset.json")
+
+
+def test_records_that_overlap_do_not_stop_a_run(make, s3, tmp_path, short_shards):
+    """Of a run that was stopped for so long that another took its samples: one of the two counts."""
+    make("whole")
+    url = "s3://bucket/set"
+    make(url, samples=(0, 25))
+    make("donor", samples=(23, 60))
+    late = "000000000023-000000000028.json"
+    Store(url).write(f".gpufgbg/shards/{late}", (tmp_path / "donor" / ".gpufgbg" / "shards" / late).read_bytes())
+    assert make(url).complete
+    shards = {name: data for name, data in tree_of(url).items() if name.startswith("shards/")}
+    assert shards == {k: v for k, v in oracle.tree_of(tmp_path / "whole").items() if k.startswith("shards/")}
+
+
+def test_an_s3fs_without_max_concurrency(s3, monkeypatch):
+    import s3fs
+
+    store = Store("s3://bucket/set")
+    store.write("x", b"0123456789")
+    calls = []
+
+    async def old(self, path, version_id=None, start=None, end=None):
+        calls.append(path)
+        return b"0123456789"[start:end]
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", old)
+    assert Store("s3://bucket/set").read("x", 2, 5) == b"234"
+    monkeypatch.setattr(Store, "_read_options", {"unknown": 1})
+    monkeypatch.setattr(remote_store, "_WAIT_S", 1000.0)
+    with pytest.raises(TypeError):  # at once
+        store.read("x", 2, 5)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [f"s3://user:{SECRET}@bucket/set", f"s3://user:a/{SECRET}@bucket/set", f"s3://user@bucket/set?token={SECRET}"],
+)
+def test_no_message_shows_a_credential(run, arguments, url):
+    for command in (
+        ("depth", url, "--weights=demo"), ("preview", url), ("verify", url), ("stats", url), ("merge", "out", url),
+        (*arguments, f"--backgrounds={url}"), (*arguments, f"--depth={url}"),
+        (*arguments, "--sink=tar", f"--out={url}"),
+    ):  # fmt: skip
+        code, printed, error = run(*command)
+        assert code == 2 and error.count("\n") == 1, command
+        assert SECRET not in printed + error and "user" not in error, command
+
+
+def test_urls():
+    for url, reason in {
+        "s3://bucket//set": "an empty name between two slashes",
+        "s3://bucket/a//b": "an empty name between two slashes",
+        "s3://bucket/a::b": "a chain of file systems",
+        "file://dataset": "names the host dataset: expected file:///FOLDER",
+        "file:///tmp/a?b": "with [?] or # in it",
+        "file:///tmp/a#b": "with [?] or # in it",
+    }.items():
+        with pytest.raises(OptionError, match=reason):
+            open_manifest(url)
+    assert Store("abfss://container@account.dfs.core.windows.net/set/").url.endswith(
+        "@account.dfs.core.windows.net/set"
+    )
+    with pytest.raises(OptionError, match=r"^out: abfss://account/\.\.\.: a URL with a credential"):
+        Store(f"abfss://container:{SECRET}@account/set")
+
+
+@pytest.fixture
+def slow_memory(monkeypatch):
+    """A store in memory that takes some milliseconds a request."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def slowed(call):
+        def late(*given, **options):
+            time.sleep(random.uniform(0, 0.01))
+            return call(*given, **options)
+
+        return late
+
+    for name in ("pipe_file", "put_file", "cat_file", "ls", "info", "rm_file"):
+        monkeypatch.setattr(MemoryFileSystem, name, slowed(getattr(MemoryFileSystem, name)))
+    return "memory://bucket/" + os.urandom(4).hex()
+
+
+def test_of_two_claims_at_once_one_goes_on(slow_memory, monkeypatch):
+    monkeypatch.setattr(remote_manifest, "BEAT_S", 0.2)
+    monkeypatch.setattr(remote_manifest, "DEAD_S", 2.0)
+    for trial in range(20):
+        begin, end, held = threading.Barrier(2), threading.Barrier(2), []
+
+        def claim(trial=trial, begin=begin, end=end, held=held):
+            manifest = RemoteManifest(f"{slow_memory}/{trial}")
+            begin.wait()
+            time.sleep(random.uniform(0, 0.02))
+            with contextlib.suppress(DatasetError), manifest.claim(Shard(0, 10)):
+                held.append(trial)
+                end.wait()
+                return
+            end.wait()
+
+        threads = [threading.Thread(target=claim) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(held) == 1
+
+
+@pytest.mark.parametrize("until", [150, 192])
+def test_what_was_made_while_a_claim_waited_is_not_made_again(make, s3, monkeypatch, until):
+    url = "s3://bucket/set"
+    original = RemoteManifest.claim
+    first = []
+
+    def claim(self, part):
+        if not first:
+            first.append(part)
+            make(url, samples=(0, until))
+        return original(self, part)
+
+    monkeypatch.setattr(RemoteManifest, "claim", claim)
+    report = make(url)
+    assert (report.samples, report.complete) == (192 - until, True)
+
+
+def test_two_slices_that_share_a_shard_end_together(make, slow_memory, tmp_path, monkeypatch, short_shards):
+    """Both join its pieces; the one that is late finds them gone."""
+    make("whole")
+    make(slow_memory, samples=(0, 4))
+    original = TarSink._join
+    late = []
+
+    def join(self, pieces, whole):
+        if not late:
+            late.append(whole)
+            make(slow_memory)  # joins and removes them
+        original(self, pieces, whole)
+
+    monkeypatch.setattr(TarSink, "_join", join)
+    make(slow_memory, samples=(4, 192))
+    assert late and tree_of(slow_memory) == oracle.tree_of(tmp_path / "whole")
+    url = f"{slow_memory}-records"
+    make(url, samples=(0, 4))
+    joined, late = pipeline._joined, []
+
+    def join_records(*given):
+        if not late:
+            late.append(1)
+            make(url)
+        return joined(*given)
+
+    monkeypatch.setattr(pipeline, "_joined", join_records)
+    make(url, samples=(4, 192))
+    assert late and tree_of(url) == oracle.tree_of(tmp_path / "whole")
+
+
+def test_a_store_that_never_answers(arguments, run, s3, monkeypatch):
+    """It takes connections and says nothing: one line in the end, before any work and after."""
+    import socket
+
+    monkeypatch.setattr(remote_store, "_DEADLINE_S", 1.0)
+    monkeypatch.setattr("gpufgbg.pipeline.prepare_sources", lambda *a: pytest.fail("work was done"))
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 600}})
+    given = [argument for argument in arguments if not argument.startswith("--out")]
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        _forget()
+        begun = time.monotonic()
+        code, _, error = run(*given, "--sink=tar", "--out=s3://bucket/set")
+        assert code == 2 and error.count("\n") == 1
+        assert "s3://bucket/set: no answer within 1 s (2 attempts): run the same command again" in error
+        with pytest.raises(StorageError, match="no answer within 1 s"):
+            Store("s3://bucket/set").write_many({"a": b"", "b": b""})
+        assert time.monotonic() - begun < 30
+
+
+def test_removing_many(s3):
+    store = Store("s3://bucket/set")
+    store.write_many({f"a/{n}": b"" for n in range(40)})
+    store.remove(f"a/{n}" for n in range(1, 50))  # also some that are not there
+    assert list(store.list("a")) == ["0"]
+    store.remove(["a/0", "a/1"])
+    assert not store.list("a")

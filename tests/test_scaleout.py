@@ -142,6 +142,52 @@ def test_a_worker_that_lives_on_can_not_publish(make, tmp_path, members, monkeyp
     assert oracle.tree_of(tmp_path / "out") == before == oracle.tree_of(tmp_path / "whole")
 
 
+def test_replacements_that_hang_while_they_load(make, tmp_path, members, monkeypatch):
+    """Each has a time of its own to get ready; nobody waits for ever."""
+    monkeypatch.setattr(driver, "START_S", 30.0)
+    struck = []
+
+    def strike(done: int, total: int) -> None:
+        give_time(members)
+        if not struck and any(member.shards for member in members):
+            struck.append(done)
+            monkeypatch.setattr(processes, "COMMAND", (*crews.WORKER[:2], "import time; time.sleep(600)"))
+            monkeypatch.setattr(driver, "START_S", 1.5)
+            for member in list(members):
+                member.link.process.kill()
+
+    with pytest.raises(DeviceError, match=r"^no worker is left: cpu: not ready within 2 s: run the same command"):
+        make("out", progress=strike, batch_size=1)
+    assert len(members) == 4 and all(member.link.process.poll() is not None for member in members)
+    monkeypatch.undo()
+
+
+def test_lost_before_the_first_shard(make, tmp_path, members, monkeypatch):
+    """One such worker is replaced, and its replacements, but not for ever."""
+    make("whole", device="cpu")
+    struck = []
+    original = driver.Driver._on_next
+
+    def strike(self, member):
+        if member is members[0] and not struck:
+            struck.append(member)
+            member.link.process.kill()
+        original(self, member)
+
+    monkeypatch.setattr(driver.Driver, "_on_next", strike)
+    make("out")
+    assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
+    assert struck and len(members) == 3
+
+    def kill(self, member):
+        member.link.process.kill()  # nothing in hand
+
+    monkeypatch.setattr(driver.Driver, "_on_next", kill)
+    with pytest.raises(DeviceError, match=r"^no worker is left: cpu: ended with code -9: run the same command again"):
+        make("other")
+    assert len(members) == 3 + 2 * driver._TRIES
+
+
 def test_all_workers_lost(make, tmp_path, members, monkeypatch):
     monkeypatch.setattr(ProcessCrew, "replace", lambda self, member: None)
 

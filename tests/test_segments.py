@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import crews
+import numpy as np
 import oracle
 import pytest
 
@@ -170,6 +171,64 @@ def test_no_labels(make, run, refused, arguments, tmp_path):
     assert "--labels: can't be left out with sink 'tree'" in refused(
         *given, f"--out={tmp_path / 'new'}", "--no-labels"
     )
+
+
+def test_no_labels_with_depth(make, tmp_path):
+    """The shards' own labels have the depths, so nothing keeps them beside; merging takes them from there."""
+    pytest.importorskip("onnxruntime")
+    small = Recipe(size=(64, 48), foreground_height=20, per_pair=2)
+    make("plain", depth="demo", recipe=small)
+    make("out", depth="demo", recipe=small, labels=False, device="cpu,cpu")
+    out, plain = tmp_path / "out", oracle.tree_of(tmp_path / "plain")
+    assert not (out / ".gpufgbg" / "depth").exists() and (tmp_path / "plain" / ".gpufgbg" / "depth").exists()
+    assert not verify(out).faults
+    shards = {k: v for k, v in plain.items() if k.startswith("shards/")}
+    assert {k: v for k, v in oracle.tree_of(out).items() if k.startswith("shards/")} == shards
+    for name, part in (("a", (0, 20)), ("b", (20, 48))):
+        make(name, depth="demo", recipe=small, labels=False, samples=part)
+    merge(tmp_path / "merged", [tmp_path / "a", tmp_path / "b"])
+    assert oracle.tree_of(tmp_path / "merged") == oracle.tree_of(out)
+    make("c", depth="demo", recipe=small, samples=(0, 20))  # with labels, and so is what begins with it
+    merge(tmp_path / "other", [tmp_path / "c", tmp_path / "b"])
+    assert oracle.tree_of(tmp_path / "other") == plain
+
+
+def test_a_recorder_reads_nothing_that_it_wrote(tmp_path, monkeypatch):
+    """In a store each would be a request."""
+    pytest.importorskip("fsspec")
+    from gpufgbg.remote.manifest import RemoteManifest
+    from gpufgbg.remote.store import Store
+
+    plan = Plan(Recipe(size=(64, 48), foreground_height=20, per_pair=8), 5, [10, 11], [20, 20])
+
+    def moments(shard, channels):
+        return Moments(len(shard), len(shard) * 64 * 48, (1,) * channels, (1,) * channels)
+
+    shards = list(plan.shards(Shard(0, len(plan))))
+    rng = np.random.default_rng(0)
+    records = [
+        ShardRecord(
+            shard, f"{n:064x}", dict.fromkeys(("composite", "composite_mask", "depth"), 1),
+            {"composite": moments(shard, 3), "composite_mask": moments(shard, 1), "depth": moments(shard, 1)},
+            rng.random((len(shard), 2), np.float32),
+        )
+        for n, shard in enumerate(shards)
+    ]  # fmt: skip
+    manifest = RemoteManifest(f"memory://bucket/{tmp_path.name}")
+    read = []
+    original = Store.read
+    monkeypatch.setattr(Store, "read", lambda self, key, *part: (read.append(key), original(self, key, *part))[1])
+    recorder = segments.CompactingRecorder(manifest, plan)
+    order = [1, 0, 3, 5, 2, 4, *range(6, len(records))]
+    for at in range(0, len(order), 3):
+        recorder.record(records[n] for n in order[at : at + 3])
+    found = manifest.records()
+    assert len(found) < len(records) and sum(record.shards for record in found) == len(records)
+    assert not read
+    whole = manifest.depth_ranges(Shard(0, len(plan)), found)
+    assert np.array_equal(whole, np.concatenate([record.depth_ranges for record in records]))
+    fresh = RemoteManifest(manifest.store.url)
+    assert [r.to_dict() for r in fresh.records()] == [r.to_dict() for r in found]
 
 
 @pytest.mark.parametrize("recipe", [SMALL, Recipe(size=(64, 48), foreground_height=20, per_pair=1)])

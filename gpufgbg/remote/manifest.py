@@ -8,6 +8,7 @@ same samples twice. Where they fail to, nothing is lost: both write the same byt
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +41,8 @@ class RemoteManifest(Manifest):
     url : str
         Root of the data set.
     """
+
+    claims_wait = True
 
     def __init__(self, url: str) -> None:
         self.store = Store(url)
@@ -95,8 +98,9 @@ class RemoteManifest(Manifest):
         lease = _Lease(self.store, f"{STATE}/runs/{part.name}-{uuid.uuid4().hex}.json")
         try:
             for other in self._overlapping(part):
-                if other < lease.key:  # begun at the same moment: one of the two goes on
-                    self._refuse(other)
+                if other != lease.key:
+                    self._settle(lease.key, other)
+            lease.hold()
             folder = self._local / "run"
             folder.mkdir(parents=True)
             try:
@@ -128,6 +132,23 @@ class RemoteManifest(Manifest):
                 elif now != first[key]:
                     self._refuse(key)
 
+    def _settle(self, own: str, other: str) -> None:
+        """Return once ``other``, begun at the same moment, has given way; `DatasetError` where this run has to.
+
+        A lease is written as one that claims, then others are looked for, then it holds. Of two that claim, the
+        greater key gives way; but it may have looked before the smaller was there. So the smaller waits until the
+        greater holds or is gone, and never do both go on.
+        """
+        seen, since = None, time.monotonic()
+        while (now := self._look(other)) is not None and not _died_here(now):
+            if other < own or not now.get("claims"):
+                self._refuse(other)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() > since + DEAD_S:
+                return
+            time.sleep(min(BEAT_S, DEAD_S, 0.4) / 4)
+
     def _look(self, key: str) -> Any:
         try:
             return json.loads(self.store.read(key))
@@ -153,10 +174,11 @@ class RemoteManifest(Manifest):
         ranges = {
             f"{STATE}/depth/{r.shard.name}.f32": r.depth_ranges.astype("<f4").tobytes()
             for r in records
-            if r.depth_ranges is not None
+            if r.depth_ranges is not None and self.keeps_ranges
         }
         self.store.write_many(ranges)  # they are there before their record is
         self.store.write_many({f"{STATE}/shards/{r.shard.name}.json": r.to_json() for r in records})
+        self._known.update({f"{r.shard.name}.json": dataclasses.replace(r, depth_ranges=None) for r in records})
 
     def forget_pieces(self, joined: Iterable[ShardRecord]) -> None:
         """Remove the records of pieces that lie in these joined ones."""
@@ -169,8 +191,10 @@ class RemoteManifest(Manifest):
             for name in gone:
                 self._known.pop(name, None)
 
-    def _floats(self, name: str, first: int, count: int) -> bytes:
-        return self.store.read(f"{STATE}/depth/{name}", 4 * first, 4 * (first + count))
+    def _floats(self, wanted: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+        return self.store.read_parts(
+            (f"{STATE}/depth/{name}", 4 * first, 4 * (first + n)) for name, first, n in wanted
+        )
 
     def _read_records(self) -> Iterator[ShardRecord]:
         """Records never change once they are written: each is read once."""
@@ -211,15 +235,25 @@ class _Lease:
         self.key = key
         self._store = store
         self._beats = 0
+        self._claims = True
+        self._lock = threading.Lock()
         self._over = threading.Event()
         self._write()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
     def _write(self) -> None:
-        self._beats += 1
-        content = {"machine": _machine(), "process": os.getpid(), "beats": self._beats}
-        self._store.write(self.key, json.dumps(content).encode())
+        with self._lock:
+            self._beats += 1
+            content = {"machine": _machine(), "process": os.getpid(), "beats": self._beats}
+            if self._claims:
+                content["claims"] = True
+            self._store.write(self.key, json.dumps(content).encode())
+
+    def hold(self) -> None:
+        """No other claims these samples: from here on none may."""
+        self._claims = False
+        self._write()
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):

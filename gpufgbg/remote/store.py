@@ -7,9 +7,12 @@ name alone or by one process.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import fnmatch
 import functools
 import importlib
+import inspect
 import io
 import random
 import re
@@ -27,13 +30,19 @@ __all__ = ["RemotePath", "Store"]
 
 _ATTEMPTS = 8  # over some two minutes, beside those that the store's own package makes
 _FIRST_ATTEMPTS = 2  # of the first access, which tells of wrong names
+_SILENT_ATTEMPTS = 2  # that end without any answer, each after its deadline
+_DEADLINE_S = 60.0  # for a request's answer, besides
+_SLOWEST = 100_000  # bytes a second, at which large ones are sent and read
 _WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _REQUESTS = 32  # at a time
+_REMOVED = 1000  # objects by a request, where the store takes several
 PART_BYTES = 32 << 20  # of a multipart upload: each is a request, and stores limit those a second
+_LISTED_BYTES = 60 << 20  # of a long list: its requests follow one another
 _READ_BYTES = 16 << 20  # at a time, of an object that is read front to back
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # extras of ours that have the scheme's package
 #: stores that show an object once its upload is complete; elsewhere it is uploaded aside and renamed
 _WHOLE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory")
+_IN_BULK = ("s3", "s3a")  # that remove many objects by one request, and none of them is gone
 _IN_PARTS = ("s3", "s3a", "gs", "gcs")  # uploads that take a part's size
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "RefreshError",
                    "DefaultCredentialsError")  # fmt: skip
@@ -80,9 +89,31 @@ class Store:
             raise OptionError("out", f"{printable(self.url)}: {_reason(error)}") from None
         return fs, root.rstrip("/")
 
+    @functools.cached_property
+    def _read_options(self) -> dict[str, Any]:
+        """Of reading: versions of s3fs that know of several requests at a time ask for the length before them."""
+        if self.scheme not in ("s3", "s3a"):
+            return {}
+        known = inspect.signature(type(self._opened[0])._cat_file).parameters
+        return {"max_concurrency": 1} if "max_concurrency" in known else {}
+
     def _path(self, key: str) -> str:
         root = self._opened[1]
         return f"{root}/{key}" if key else root
+
+    def _call(self, name: str, *given: Any, size: int = 0, **options: Any) -> Any:
+        """Call a method of the file system; `TimeoutError` where a request of ``size`` bytes finds no answer."""
+        fs = self._opened[0]
+        if not getattr(fs, "async_impl", False) or not hasattr(fs, f"_{name}"):
+            return getattr(fs, name)(*given, **options)
+        deadline_s = _DEADLINE_S + size / _SLOWEST
+        begun = time.monotonic()
+        try:
+            return _sync()(fs.loop, getattr(fs, f"_{name}"), *given, timeout=deadline_s, **options)
+        except (TimeoutError, asyncio.TimeoutError):
+            if time.monotonic() - begun < deadline_s - 1:
+                raise  # of the store's own package
+            raise _Silent(f"no answer within {deadline_s:.0f} s") from None
 
     def _tried(self, call: Callable[[], _T], attempts: int = 0, absent: bool = True) -> _T:
         """What ``call`` gives, tried again after failures that may pass.
@@ -91,13 +122,21 @@ class Store:
         it gone.
         """
         attempts = attempts or _ATTEMPTS
+        silent = 0
         for attempt in range(1, attempts + 1):
             try:
                 return call()
+            except _Silent as error:
+                reason, silent = str(error), silent + 1
+                if silent >= _SILENT_ATTEMPTS:
+                    attempts = attempt
+                    break
             except FileNotFoundError:
                 if absent:
                     raise
                 reason = "the store says that there is no such object"
+            except (TypeError, AttributeError, NameError):
+                raise  # of a package of another version, or a mistake: it does not pass
             except PermissionError as error:
                 raise StorageError(
                     f"{printable(self.url)}: access denied: {_reason(error)}: check the credentials, which come from "
@@ -117,12 +156,11 @@ class Store:
     def check(self) -> None:
         """Raise `StorageError` where the folder can't be written: no bucket, no rights, nobody there."""
         key = self._path(f".gpufgbg/probe-{uuid.uuid4().hex}")
-        fs = self._opened[0]
 
         def probe() -> None:
             if self.scheme not in _WHOLE:
-                fs.makedirs(key.rpartition("/")[0], exist_ok=True)
-            fs.pipe_file(key, b"?")
+                self._call("makedirs", key.rpartition("/")[0], exist_ok=True)
+            self._call("pipe_file", key, b"?")
 
         try:
             self._tried(probe, _FIRST_ATTEMPTS)
@@ -130,17 +168,17 @@ class Store:
             raise StorageError(
                 f"{printable(self.url)}: no such bucket: {_reason(error)}: create it, or choose another"
             ) from None
-        self._tried(lambda: fs.rm_file(key), absent=False)
+        self._tried(lambda: self._call("rm_file", key), absent=False)
 
     # -- objects ------------------------------------------------------------------------------------
 
     def read(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
         """An object's bytes, or those from ``start`` to ``stop``; `FileNotFoundError` where there is none."""
-        path, fs = self._path(key), self._opened[0]
-        options = {"max_concurrency": 1} if self.scheme in ("s3", "s3a") else {}  # or it asks for the length first
+        path, options = self._path(key), self._read_options
+        size = stop - (start or 0) if stop is not None else _READ_BYTES
 
         def whole() -> bytes:
-            data: bytes = fs.cat_file(path, start=start, end=stop, **options)
+            data: bytes = self._call("cat_file", path, start=start, end=stop, size=size, **options)
             if start is not None and stop is not None and len(data) != stop - start:
                 raise OSError(f"got {len(data)} bytes of {stop - start}")
             return data
@@ -149,19 +187,26 @@ class Store:
 
     def read_many(self, keys: Iterable[str]) -> Iterator[bytes]:
         """The bytes of several objects, in order."""
+        return self.read_parts((key, None, None) for key in keys)
+
+    def read_parts(self, parts: Iterable[tuple[str, int | None, int | None]]) -> Iterator[bytes]:
+        """The bytes of several (object, start, stop), in order; some are on their way at a time."""
+        parts = list(parts)
+        if not parts:
+            return
         with ThreadPoolExecutor(_REQUESTS) as pool:
-            yield from pool.map(self.read, keys)
+            yield from pool.map(lambda part: self.read(*part), parts)
 
     def size(self, key: str) -> int:
         """An object's length in bytes; `FileNotFoundError` where there is none."""
-        path, fs = self._path(key), self._opened[0]
-        return int(self._tried(lambda: fs.info(path))["size"])
+        path = self._path(key)
+        return int(self._tried(lambda: self._call("info", path))["size"])
 
     def list(self, key: str) -> dict[str, int]:
         """Names and lengths of what is in a folder, sorted; folders have -1. Nothing where there is no folder."""
-        path, fs = self._path(key), self._opened[0]
+        path = self._path(key)
         try:
-            found = self._tried(lambda: fs.ls(path, detail=True))
+            found = self._tried(lambda: self._call("ls", path, detail=True, size=_LISTED_BYTES))
         except FileNotFoundError:
             return {}
         names = {}
@@ -173,8 +218,7 @@ class Store:
 
     def write(self, key: str, data: bytes) -> None:
         """Write an object, whole."""
-        fs = self._opened[0]
-        self._put(key, lambda path: fs.pipe_file(path, data))
+        self._put(key, lambda path: self._call("pipe_file", path, data, size=len(data)))
 
     def write_many(self, items: Mapping[str, bytes]) -> None:
         """Write several objects; all are there when it returns."""
@@ -182,16 +226,16 @@ class Store:
 
     def upload(self, source: Path, key: str) -> None:
         """Write a file's bytes as an object, in parts where it is large; it appears whole."""
-        fs = self._opened[0]
         options = {"chunksize": PART_BYTES} if self.scheme in _IN_PARTS else {}
-        self._put(key, lambda path: fs.put_file(str(source), path, **options))
+        size = source.stat().st_size
+        self._put(key, lambda path: self._call("put_file", str(source), path, size=size, **options))
 
     def upload_many(self, items: Mapping[str, Path]) -> None:
         """Upload several files; all are there when it returns."""
         self._each(lambda item: self.upload(item[1], item[0]), items.items())
 
     def _put(self, key: str, put: Callable[[str], Any]) -> None:
-        path, fs = self._path(key), self._opened[0]
+        path = self._path(key)
         if self.scheme in _WHOLE:
             self._tried(lambda: put(path), absent=False)
             return
@@ -199,23 +243,24 @@ class Store:
 
         def moved() -> None:
             for folder in (aside, path):
-                fs.makedirs(folder.rpartition("/")[0], exist_ok=True)
+                self._call("makedirs", folder.rpartition("/")[0], exist_ok=True)
             put(aside)
-            fs.mv(aside, path)
+            self._opened[0].mv(aside, path)
 
         self._tried(moved, absent=False)
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove objects; nothing happens where one is gone."""
-        fs = self._opened[0]
+        keys = list(keys)
+        if len(keys) > 1 and self.scheme in _IN_BULK and not any(c in self.url for c in "*?["):
+            groups = [keys[at : at + _REMOVED] for at in range(0, len(keys), _REMOVED)]
+            self._each(lambda group: self._gone("rm", [self._path(key) for key in group]), groups)
+        else:
+            self._each(lambda key: self._gone("rm_file", self._path(key)), keys)
 
-        def gone(key: str) -> None:
-            try:
-                self._tried(lambda: fs.rm_file(self._path(key)))
-            except FileNotFoundError:
-                return
-
-        self._each(gone, keys)
+    def _gone(self, call: str, what: Any) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._tried(lambda: self._call(call, what))
 
     @staticmethod
     def _each(call: Callable[[_T], None], items: Iterable[_T]) -> None:
@@ -227,6 +272,16 @@ class Store:
         with ThreadPoolExecutor(_REQUESTS) as pool:
             for _ in pool.map(call, items):
                 pass
+
+
+class _Silent(Exception):
+    """A request that found no answer before its deadline."""
+
+
+def _sync() -> Callable[..., Any]:
+    """What runs a coroutine of fsspec to its end, with a deadline."""
+    sync: Callable[..., Any] = importlib.import_module("fsspec.asyn").sync
+    return sync
 
 
 def _reason(error: BaseException) -> str:

@@ -26,7 +26,7 @@ HANG_S = 300.0  # silence of a worker that has work, after which it is given up
 START_S = 900.0  # for loading everything; building a depth engine takes minutes
 GRACE_S = 60.0  # in which all workers may get ready before those that are begin
 _TICK_S = 1.0
-_TRIES = 3  # workers that a shard may take with it
+_TRIES = 3  # workers that a shard may take with it; also that are lost in one place before their first shard
 
 
 @dataclass(eq=False)
@@ -51,6 +51,8 @@ class Member:
     made: int = 0  # samples of shards that it holds
     shards: int = 0  # that it has published
     silent_s: float = 0.0
+    loading_s: float = 0.0  # until it is ready
+    barren: int = 0  # workers in its place that were lost one after the other before their first shard
 
 
 class Crew(Protocol):
@@ -133,6 +135,7 @@ class Driver:
         self._again: deque[Shard] = deque()
         self._losses: Counter[Shard] = Counter()
         self._last_loss = ""
+        self._worked = False  # whether any worker got ready: else none is tried again
         self._run: _Run | None = None
 
     @property
@@ -155,9 +158,6 @@ class Driver:
             if passed > GRACE_S and any(member.ready for member in self._members):
                 break
             self._turn()
-            if passed > START_S:
-                for member in list(self._members):
-                    self._lose(member, f"not ready within {START_S:.0f} s")
             if not self._members:
                 raise DeviceError(f"no worker could be started: {self._last_loss}")
 
@@ -210,11 +210,14 @@ class Driver:
         passed = min(time.monotonic() - before, 2 * _TICK_S)
         for member in list(self._members):
             member.silent_s += passed
-            if member.running and member.silent_s > HANG_S:
+            member.loading_s += 0.0 if member.ready else passed
+            if member.loading_s > START_S and not member.ready:
+                self._lose(member, f"not ready within {START_S:.0f} s", again=False)
+            elif member.running and member.silent_s > HANG_S:
                 self._lose(member, f"silent for {HANG_S:.0f} s")
 
     def _on_ready(self, member: Member, name: str, engine: dict[str, Any] | None) -> None:
-        member.ready = True
+        member.ready = self._worked = True
         if engine is not None and engine not in self.engines:
             self.engines.append(engine)
         self._begin(member)
@@ -280,8 +283,11 @@ class Driver:
         member.running, member.made, member.silent_s = True, 0, 0.0
         self._crew.send(member, ("begin", str(member.folder)))
 
-    def _lose(self, member: Member, reason: str) -> None:
-        """Go on without a worker; what it held is given out again."""
+    def _lose(self, member: Member, reason: str, again: bool = True) -> None:
+        """Go on without a worker, or with another in its place; what it held is given out again.
+
+        Not ``again``: another would be lost likewise, for example on a card that does not answer.
+        """
         self._last_loss = f"{member.name}: {reason}"
         self._members.remove(member)
         self._crew.drop(member)
@@ -301,9 +307,11 @@ class Driver:
         if self._tell:
             count = len(member.held)
             self._tell(f"{self._last_loss}: {count} shards are given out again" if count else self._last_loss)
-        if member.shards:  # what is lost before its first shard would be lost again
+        barren = 0 if member.shards else member.barren + 1
+        if again and self._worked and barren < _TRIES:
             replacement = self._crew.replace(member)
             if replacement is not None:
+                replacement.barren = barren
                 self._members.append(replacement)
         if self._again:
             for other in self._members:

@@ -146,6 +146,18 @@ class TarSink:
             if KIND_OF_SUFFIX.get(suffix) in self.kinds:
                 yield Layout.sample_path(KIND_OF_SUFFIX[suffix], stem), data
 
+    def read_ranges(self, shard: Shard) -> Iterator[tuple[float, float]]:
+        """Least and greatest depth of each sample of a committed shard with depth maps, as its labels have them."""
+        try:
+            for name, data in self.stored(shard):
+                if name.endswith(".json"):
+                    label = json.loads(data)
+                    yield label["depth_min"], label["depth_max"]
+        except DatasetError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{printable(self.path(shard))}: a label without depths: {error!r}") from None
+
     def stored(self, shard: Shard) -> Iterator[tuple[str, bytes]]:
         """(name, bytes) of every member of a committed shard's tar file, labels and all.
 
@@ -178,16 +190,28 @@ class TarSink:
             pieces, whole = self._pieces(cell), self.path(cell)
             order = tiling(pieces, cell)
             if order and not whole.exists():
-                with self._whole(whole) as temporary:
-                    writer = _TarShard(temporary)
-                    for piece in order:
-                        with self.path(piece).open("rb") as file:
-                            for name, data in members(file):
-                                writer.append(member(name, data))
-                    writer.close()
+                try:
+                    self._join(order, whole)
+                except FileNotFoundError:  # in a store, another run that ends has joined and removed them
+                    if not whole.exists():
+                        raise
             if whole.exists():
                 for piece in pieces:
                     self.path(piece).unlink(missing_ok=True)
+
+    def _join(self, pieces: Sequence[Shard], whole: Path) -> None:
+        """Make the shard at ``whole`` of its pieces."""
+        with self._whole(whole) as temporary:
+            writer = _TarShard(temporary)
+            try:
+                for piece in pieces:
+                    with self.path(piece).open("rb") as file:
+                        for name, data in members(file):
+                            writer.append(member(name, data))
+            except BaseException:
+                writer.abandon()
+                raise
+            writer.close()
 
     def _whole(self, path: Path) -> AbstractContextManager[Path]:
         """A file to write inside the block, which then becomes the shard at ``path``."""
