@@ -9,12 +9,15 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tracemalloc
 import zipfile
 
 import oracle
 import pytest
 
-from gpufgbg import Recipe, generate
+from gpufgbg import Plan, Recipe, generate
+from gpufgbg.layout import Layout
+from gpufgbg.recipe import Shard
 from gpufgbg.sinks import stored_zip, tar
 
 SMALL = Recipe(size=(64, 48), foreground_height=20, per_pair=2)
@@ -64,7 +67,51 @@ def test_zip_beyond_4_gib_and_65535_files(tmp_path):
         assert archive.read("69999.txt") == b"69999"
         assert archive.read("far2.txt") == b"far"
         assert archive.getinfo("far0.txt").header_offset >= 5 << 30
+        with (tmp_path / "big.zip").open("rb") as file:
+            for found, info in zip(stored_zip.Directory(file).entries(), archive.infolist(), strict=True):
+                assert found[:5] == (info.filename, 0, info.CRC, info.file_size, info.header_offset)
+            assert b"".join(stored_zip.contents(file, found)) == b"far"
+            (again, *_) = stored_zip.Directory(file).entries(found.at)
+            assert again == found
     assert [path.name for path in tmp_path.iterdir()] == ["big.zip"]
+
+
+def test_a_zip_that_others_added_to(sets, tmp_path):
+    """A comment, and members of other kinds: ours are read as before."""
+    path = tmp_path / "dataset.zip"
+    shutil.copy(sets / "zip" / "dataset.zip", path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.comment = b"PK" * 500
+        archive.writestr("more.txt", b"x" * 1000)
+    with path.open("rb") as file, zipfile.ZipFile(path) as archive:
+        for found, info in zip(stored_zip.Directory(file).entries(), archive.infolist(), strict=True):
+            assert found[:2] == (info.filename, info.compress_type)
+            if found.method == 0:
+                with path.open("rb") as another:
+                    assert b"".join(stored_zip.contents(another, found)) == archive.read(info)
+        with pytest.raises(zipfile.BadZipFile, match=r"more\.txt: compressed, expected stored"):
+            list(stored_zip.contents(file, found))
+
+
+def test_the_directory_of_a_zip_is_not_kept_in_memory(tmp_path):
+    def most(count: int) -> int:
+        writer = stored_zip._ZipFile(tmp_path / "temporary")
+        for n in range(count):
+            name = f"fg_bg/bg_00/bg_00_fg_00_T_{n:06d}.jpg"
+            writer.add(name, b"x", stored_zip.entry(name, b"x")[: stored_zip._LOCAL.size])
+        writer.close(tmp_path / "dataset.zip")
+        plan = Plan(Recipe(size=(8, 8), foreground_height=4, per_pair=count, flip="always"), 1, [4], [4])
+        sink = stored_zip.ZipSink(tmp_path, plan, Layout.of(plan), ["composite"])
+        tracemalloc.start()
+        try:
+            for start in range(0, count, 5000):
+                part = Shard(start, start + 4999)
+                assert sum(1 for _ in sink.read(part)) == 4999
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert most(30_000) < 1.2 * most(10_000)
 
 
 def test_tar_follows_the_webdataset_convention(sets):
