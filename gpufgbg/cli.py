@@ -493,36 +493,62 @@ def _depth_options(options: argparse.Namespace) -> DepthOptions | None:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from gpufgbg.compositor import check_workers
+    from gpufgbg.depth.model import resolve
+    from gpufgbg.depth.sources import open_source
     from gpufgbg.files import storage_errors
-    from gpufgbg.manifest import Manifest
     from gpufgbg.report import preview
     from gpufgbg.sample_assets import write_sample_assets
+    from gpufgbg.scaleout.devices import several_devices
 
     if not options.out:
         raise OptionError("OUT", "got an empty name, expected a folder")
-    out = Path(options.out)
+    if is_url(options.out):
+        raise OptionError("OUT", f"got {printable(options.out)}, expected a folder on this machine")
+    out = local_path(options.out)
     recipe = Recipe(per_pair=options.per_pair)
-    assets, dataset = out / "assets", out / "dataset"
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not Manifest(dataset).started)):
-        raise OptionError("OUT", f"{printable(out)} exists and is not a demo of ours: choose another folder")
-    with storage_errors(out):
-        backgrounds, foregrounds = write_sample_assets(assets)
-    options.backgrounds, options.foregrounds, options.masks = backgrounds, foregrounds, None
-    options.out, options.samples, options.ray, options.labels = dataset, None, None, True
+    check_workers(options.workers)
     wanted = options.depth
     if wanted is None:
         wanted = find_spec("onnxruntime") is not None and find_spec("onnx") is not None
     defaults = DepthOptions()
+    for device in several_devices(options.device) or (options.device,):
+        resolve(defaults if wanted else DepthOptions(backend="onnxruntime"), device)
+    if wanted:
+        open_source(defaults, recipe.size)
+    assets, dataset, sheet = out / "assets", out / "dataset", out / "contact_sheet.png"
+    with storage_errors(out):
+        if not _is_free_for_demo(out, assets, dataset, sheet):
+            raise OptionError("OUT", f"{printable(out)} exists and is not a demo of ours: choose another folder")
+        backgrounds, foregrounds = write_sample_assets(assets)
+    options.backgrounds, options.foregrounds, options.masks = backgrounds, foregrounds, None
+    options.out, options.samples, options.ray, options.labels = dataset, None, None, True
     options.depth = DEMO if wanted else None
     for field in dataclasses.fields(defaults)[1:]:
         setattr(options, f"depth_{field.name}", getattr(defaults, field.name))
     for name in ("flip", "size", "foreground_height", "seed", "quality", "subsampling", "optimize"):
         setattr(options, name, getattr(recipe, name))
     code = _generate(options)
-    sheet = preview(dataset, out / "contact_sheet.png")
+    preview(dataset, sheet)
     if not options.json:
         print(f"contact sheet: {printable(sheet)}")
     return code
+
+
+def _is_free_for_demo(out: Path, assets: Path, dataset: Path, sheet: Path) -> bool:
+    """Whether there is nothing but a demo of ours, which may have been stopped at any moment."""
+    from gpufgbg.manifest import Manifest
+
+    if not out.exists() and not out.is_symlink():
+        return True
+    if not out.is_dir() or not {*out.iterdir()} <= {assets, dataset, sheet}:
+        return False
+    drawn = re.compile(r"(backgrounds/street_\d+\.jpg|foregrounds/figure_\d+\.png|backgrounds|foregrounds)")
+    if not all(drawn.fullmatch(path.relative_to(assets).as_posix()) for path in assets.rglob("*")):
+        return False
+    if not dataset.exists() and not dataset.is_symlink():
+        return True
+    return dataset.is_dir() and (Manifest(dataset).started or not any(dataset.iterdir()))
 
 
 def _depth(options: argparse.Namespace) -> int:

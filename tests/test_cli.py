@@ -176,6 +176,35 @@ def test_demo_keeps_away_from_other_peoples_folders(refused, tmp_path):
     assert "not a demo of ours" in refused("demo", tmp_path / "full", out=tmp_path / "full")
 
 
+def test_a_demo_that_is_refused_writes_nothing(refused, tmp_path):
+    out = tmp_path / "demo"
+    for arguments in (["--device=cuda:99"], ["--device=cuda:0,99"], ["--device=tpu"], ["--workers=0"], ["--per-pair=0"]):
+        refused("demo", out, *arguments, out=out)
+
+
+def test_a_demo_that_was_stopped_is_made_again(run, tmp_path):
+    backgrounds = tmp_path / "demo" / "assets" / "backgrounds"
+    backgrounds.mkdir(parents=True)
+    (backgrounds / "street_00.jpg").write_bytes(b"the beginn")
+    code, _, error = run("demo", tmp_path / "demo", "--no-depth", "--device=cpu")
+    assert code == 0, error
+    assert run("verify", tmp_path / "demo" / "dataset")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["assets/own.png", "assets/backgrounds/own.png", "dataset/own.txt", "dataset"])
+def test_demo_keeps_away_from_folders_that_look_like_its_own(refused, tmp_path, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("dear")
+    assert "not a demo of ours" in refused("demo", tmp_path / "out", "--device=cpu")
+
+
+def test_demo_is_not_for_urls(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "OUT: got s3://bucket/demo, expected a folder on this machine" in refused(
+        "demo", "s3://bucket/demo", out=tmp_path
+    )
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_device_that_is_not_there(refused, arguments, device):
     if backends.why_cpu("auto") is None:
