@@ -263,6 +263,8 @@ def _archive(path: Path, kind_of: Callable[[str], str | None]) -> Iterator[Store
             )
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise DatasetError(f"{printable(path)}: damaged: {error}") from None
+    except OSError as error:
+        raise DatasetError(f"{printable(path)}: can't be read: {error.strerror or error}") from None
 
 
 def _zip(path: Path, kind_of: Callable[[str], str | None]) -> Iterator[StoredPicture]:
