@@ -479,6 +479,9 @@ def _tell(text: str) -> None:
 
 def _depth_options(options: argparse.Namespace) -> DepthOptions | None:
     if options.depth is None:
+        for field in dataclasses.fields(DepthOptions)[1:]:
+            if getattr(options, f"depth_{field.name}", field.default) != field.default:
+                raise OptionError(f"depth_{field.name}", "is for depth maps: give their weights too, with --depth")
         return None
     return DepthOptions(
         options.depth,

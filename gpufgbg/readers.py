@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import os
+import stat
 import struct
 import tarfile
 import threading
@@ -33,6 +34,7 @@ _KIND_OF_FOLDER = {folder: kind for kind, folder in KINDS.items()}
 _KIND_OF_SUFFIX = {f".{suffix}": kind for kind, suffix in TAR_SUFFIXES.items()}
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _READ_BYTES = 1 << 16  # asked for at once: a picture of a data set in most cases
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is opened at once, too
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, lengths of its name and of what follows
 
 
@@ -199,9 +201,11 @@ def _refused(error: OSError) -> NoReturn:
 
 
 def _read_file(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(path, _READ_FLAGS)
     try:
         parts = [os.read(descriptor, _READ_BYTES)]
+        if len(parts[0]) in (0, _READ_BYTES) and not stat.S_ISREG(os.fstat(descriptor).st_mode):  # empty, or endless
+            raise OSError("neither a file nor a folder: remove it")
         while len(parts[-1]) == _READ_BYTES:  # a file gives less than asked for at its end alone
             parts.append(os.read(descriptor, _READ_BYTES))
     finally:

@@ -339,3 +339,20 @@ def test_interrupted_while_its_processes_start(arguments, after):
     assert (process.returncode, printed) in ((130, ""), (-signal.SIGINT, "")), error
     if process.returncode == 130:  # not before Python itself had started
         assert "Traceback" not in error and "interrupted" in error.splitlines()[-1]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+@pytest.mark.parametrize("command", ["stats", "verify"])
+def test_a_pipe_among_pictures(run, tmp_path, command):
+    """Nobody waits for who would write to it."""
+    (tmp_path / "fg_bg").mkdir()
+    os.mkfifo(tmp_path / "fg_bg" / "x.jpg")
+    code, printed, error = run(command, tmp_path, "--workers=1", "--device=cpu")
+    assert code == (2 if command == "stats" else 1)
+    assert f"{tmp_path / 'fg_bg' / 'x.jpg'}: can't be read: neither a file nor a folder: remove it" in printed + error
+
+
+def test_options_of_depth_without_depth(refused, arguments, tmp_path):
+    for option in ("--depth-scale=3", "--depth-input=rendered", "--depth-size=64", "--depth-batch=2"):
+        name = option.partition("=")[0]
+        assert f"{name}: is for depth maps: give their weights too, with --depth" in refused(*arguments, option)
