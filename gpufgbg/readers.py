@@ -76,7 +76,7 @@ class StoredPicture(NamedTuple):
     def portable(self) -> bool:
         """Whether another process of this machine can be given it, to read it there."""
         function = getattr(self.read, "func", None)
-        return function in (_read_file, _read_stored) or getattr(function, "__func__", None) is _File.read
+        return function in (read_file, _read_stored) or getattr(function, "__func__", None) is _File.read
 
     def load(self) -> bytes:
         """The encoded picture's bytes.
@@ -192,7 +192,7 @@ def _tree(root: Path, folders: dict[str, str]) -> Iterator[StoredPicture]:
             below = os.path.relpath(parent, folder.parent).replace(os.sep, "/")
             for name in sorted(names):
                 if (kind == _LABELS or name.lower().endswith(_ENDINGS)) and not name.startswith("."):
-                    reader = functools.partial(_read_file, f"{parent}{os.sep}{name}")
+                    reader = functools.partial(read_file, f"{parent}{os.sep}{name}")
                     yield StoredPicture(kind, place, f"{below}/{name}", reader)
 
 
@@ -200,7 +200,8 @@ def _refused(error: OSError) -> NoReturn:
     raise DatasetError(f"{printable(error.filename)}: can't be read: {error.strerror}") from None
 
 
-def _read_file(path: str) -> bytes:
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """A file's bytes, quickly; `OSError` also where it is a pipe or a device, for which nobody waits."""
     descriptor = os.open(path, _READ_FLAGS)
     try:
         parts = [os.read(descriptor, _READ_BYTES)]
