@@ -67,16 +67,19 @@ class Sources:
         One a foreground, or None where the alpha is the mask.
     notes : tuple of str
         Warnings about the folders.
+    problems : tuple of str
+        What can't be used and is not among the pictures, a line each: it is raised once they were looked at, too.
     """
 
     backgrounds: tuple[Path, ...]
     foregrounds: tuple[Path, ...]
     masks: tuple[Path, ...] | None
     notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
     def checksums(self) -> dict[str, list[str]]:
         """SHA-256 of every source file, by kind, in order; `InputError` names all that can't be read."""
-        problems: list[str] = []
+        problems = list(self.problems)
 
         def digest(path: Path) -> str:
             try:
@@ -235,15 +238,19 @@ def find_sources(
     Raises
     ------
     InputError
-        A folder is missing or empty, two files share a stem, a foreground has no mask or two.
+        A folder is missing or empty. Of single entries (two files share a stem, a foreground has no mask or two, a
+        link leads nowhere) the result's ``problems`` tell.
     """
+    missing = False
     problems: list[str] = []
     notes: list[str] = []
 
     def listed(folder: str | os.PathLike[str], option: str) -> list[Path]:
+        nonlocal missing
         try:
-            paths, more = list_pictures(folder, option)
+            paths, more = list_pictures(folder, option, problems)
         except InputError as error:
+            missing = True
             problems.extend(error.problems)
             return []
         notes.extend(more)
@@ -251,31 +258,34 @@ def find_sources(
 
     behind = listed(backgrounds, "backgrounds")
     before = listed(foregrounds, "foregrounds")
+    before_masks = len(problems)
+    by_stem = {} if masks is None else {_stem(path): path for path in listed(masks, "masks")}
+    masks_told = len(problems) > before_masks  # then a foreground's may be among those that can't be used
+    if missing:
+        raise InputError(*problems)
     if masks is None:
-        raise_all(problems)
-        return Sources(tuple(behind), tuple(before), None, tuple(notes))
-    by_stem = {_stem(path): path for path in listed(masks, "masks")}
-    raise_all(problems)
+        return Sources(tuple(behind), tuple(before), None, tuple(notes), tuple(problems))
+    cut_out: list[Path] = []
     paired: list[Path] = []
     for path in before:
         names = (_stem(path), f"mask_{_stem(path)}", f"{_stem(path)}_mask")
         found = [by_stem.pop(name) for name in names if name in by_stem]
         if len(found) == 1:
+            cut_out.append(path)
             paired.append(found[0])
         elif found:
             both = " and ".join(printable(p.name) for p in found)
             problems.append(f"{printable(path)}: two masks: {both}; remove one")
-        else:
+        elif not masks_told:
             expected = " or ".join(printable(name) for name in names)
             problems.append(
                 f"{printable(path)}: a foreground without a mask in {printable(masks)} "
                 f"(expected {expected}); add it or remove the foreground"
             )
-    raise_all(problems)
-    if by_stem:
+    if by_stem and not problems:
         strays = ", ".join(printable(p.name) for p in by_stem.values())
         notes.append(f"masks: no foreground for {strays}; not used")
-    return Sources(tuple(behind), tuple(before), tuple(paired), tuple(notes))
+    return Sources(tuple(behind), tuple(cut_out), tuple(paired), tuple(notes), tuple(problems))
 
 
 def _stem(path: Path) -> str:
@@ -324,7 +334,7 @@ def prepare_sources(sources: Sources, recipe: Recipe, workers: int = 1) -> Asset
     with quiet_decoding, ThreadPoolExecutor(max(1, workers)) as pool:
         behind = list(pool.map(lambda path: _background(path, recipe), sources.backgrounds))
         before = list(pool.map(lambda pair: _foreground(pair[0], pair[1], recipe), pairs))
-    raise_all([p for _, problems, _ in (*behind, *before) for p in problems])
+    raise_all([*sources.problems, *(p for _, problems, _ in (*behind, *before) for p in problems)])
     for _, _, notes in (*behind, *before):
         for note in notes:
             warnings.warn(note, GpufgbgWarning, stacklevel=2)

@@ -47,11 +47,15 @@ class Child:
     ) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            self.process = subprocess.Popen(
-                [*command, *map(str, (theirs.fileno(), os.getpid(), *arguments))],
-                pass_fds=(theirs.fileno(), *descriptors),
-                stdin=subprocess.DEVNULL,
-            )
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the child knows of `parent_of`
+            try:
+                self.process = subprocess.Popen(
+                    [*command, *map(str, (theirs.fileno(), os.getpid(), *arguments))],
+                    pass_fds=(theirs.fileno(), *descriptors),
+                    stdin=subprocess.DEVNULL,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self.connection = Connection(ours.detach())
 
     def end(self) -> None:
@@ -74,6 +78,7 @@ def parent_of(descriptor: str, parent: str) -> Connection:
         The first two arguments behind the command.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by `Child`; those that came are dropped
     end_with(int(parent))
     return Connection(int(descriptor))
 

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from gpufgbg._version import __version__
 from gpufgbg.depth.options import (
@@ -38,6 +39,7 @@ from gpufgbg.exceptions import (
     GpufgbgWarning,
     Interrupted,
     OptionError,
+    StorageError,
     printable,
 )
 from gpufgbg.recipe import FLIPS, SUBSAMPLINGS, Recipe
@@ -464,10 +466,10 @@ def _print_report(report: GenerateReport, options: argparse.Namespace, depth: De
             }
         )
         return 0
-    print(format_table(report.counts, report.size_bytes, report.statistics))
+    _print(format_table(report.counts, report.size_bytes, report.statistics))
     rate = f", {report.samples / report.seconds:,.0f}/s" if report.samples else ""
     state = "complete" if report.complete else f"{report.done:,} of {report.total:,} samples"
-    print(f"{report.samples:,} samples in {report.seconds:.1f} s{rate}; {printable(report.out)}: {state}")
+    _print(f"{report.samples:,} samples in {report.seconds:.1f} s{rate}; {printable(report.out)}: {state}")
     _print_remarks(options, depth)
     return 0
 
@@ -476,17 +478,20 @@ def _print_remarks(options: argparse.Namespace, depth: DepthOptions | None) -> N
     from gpufgbg.backends import why_cpu
 
     if depth is not None and depth.weights == DEMO:
-        print("depth maps are the built-in demo network's: for trying out, not for training")
+        _print("depth maps are the built-in demo network's: for trying out, not for training")
     if options.device == "auto" and not getattr(options, "ray", None) and (reason := why_cpu(options.device)):
-        print(f"made on the CPU: {reason}")
+        _print(f"made on the CPU: {reason}")
 
 
 def _tell(text: str) -> None:
-    print(f"gpufgbg: {text}", file=sys.stderr, flush=True)
+    _note(f"gpufgbg: {text}")
 
 
 def _depth_options(options: argparse.Namespace) -> DepthOptions | None:
     if options.depth is None:
+        for field in dataclasses.fields(DepthOptions)[1:]:
+            if getattr(options, f"depth_{field.name}", field.default) != field.default:
+                raise OptionError(f"depth_{field.name}", "is for depth maps: give their weights too, with --depth")
         return None
     return DepthOptions(
         options.depth,
@@ -503,36 +508,62 @@ def _depth_options(options: argparse.Namespace) -> DepthOptions | None:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from gpufgbg.compositor import check_workers
+    from gpufgbg.depth.model import resolve
+    from gpufgbg.depth.sources import open_source
     from gpufgbg.files import storage_errors
-    from gpufgbg.manifest import Manifest
     from gpufgbg.report import preview
     from gpufgbg.sample_assets import write_sample_assets
+    from gpufgbg.scaleout.devices import several_devices
 
     if not options.out:
         raise OptionError("OUT", "got an empty name, expected a folder")
-    out = Path(options.out)
+    if is_url(options.out):
+        raise OptionError("OUT", f"got {printable(options.out)}, expected a folder on this machine")
+    out = local_path(options.out)
     recipe = Recipe(per_pair=options.per_pair)
-    assets, dataset = out / "assets", out / "dataset"
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not Manifest(dataset).started)):
-        raise OptionError("OUT", f"{printable(out)} exists and is not a demo of ours: choose another folder")
-    with storage_errors(out):
-        backgrounds, foregrounds = write_sample_assets(assets)
-    options.backgrounds, options.foregrounds, options.masks = backgrounds, foregrounds, None
-    options.out, options.samples, options.ray, options.labels = dataset, None, None, True
+    check_workers(options.workers)
     wanted = options.depth
     if wanted is None:
         wanted = find_spec("onnxruntime") is not None and find_spec("onnx") is not None
     defaults = DepthOptions()
+    for device in several_devices(options.device) or (options.device,):
+        resolve(defaults if wanted else DepthOptions(backend="onnxruntime"), device)
+    if wanted:
+        open_source(defaults, recipe.size)
+    assets, dataset, sheet = out / "assets", out / "dataset", out / "contact_sheet.png"
+    with storage_errors(out):
+        if not _is_free_for_demo(out, assets, dataset, sheet):
+            raise OptionError("OUT", f"{printable(out)} exists and is not a demo of ours: choose another folder")
+        backgrounds, foregrounds = write_sample_assets(assets)
+    options.backgrounds, options.foregrounds, options.masks = backgrounds, foregrounds, None
+    options.out, options.samples, options.ray, options.labels = dataset, None, None, True
     options.depth = DEMO if wanted else None
     for field in dataclasses.fields(defaults)[1:]:
         setattr(options, f"depth_{field.name}", getattr(defaults, field.name))
     for name in ("flip", "size", "foreground_height", "seed", "quality", "subsampling", "optimize"):
         setattr(options, name, getattr(recipe, name))
     code = _generate(options)
-    sheet = preview(dataset, out / "contact_sheet.png")
+    preview(dataset, sheet)
     if not options.json:
-        print(f"contact sheet: {printable(sheet)}")
+        _print(f"contact sheet: {printable(sheet)}")
     return code
+
+
+def _is_free_for_demo(out: Path, assets: Path, dataset: Path, sheet: Path) -> bool:
+    """Whether there is nothing but a demo of ours, which may have been stopped at any moment."""
+    from gpufgbg.manifest import Manifest
+
+    if not out.exists() and not out.is_symlink():
+        return True
+    if not out.is_dir() or not {*out.iterdir()} <= {assets, dataset, sheet}:
+        return False
+    drawn = re.compile(r"(backgrounds/street_\d+\.jpg|foregrounds/figure_\d+\.png|backgrounds|foregrounds)")
+    if not all(drawn.fullmatch(path.relative_to(assets).as_posix()) for path in assets.rglob("*")):
+        return False
+    if not dataset.exists() and not dataset.is_symlink():
+        return True
+    return dataset.is_dir() and (Manifest(dataset).started or not any(dataset.iterdir()))
 
 
 def _depth(options: argparse.Namespace) -> int:
@@ -553,7 +584,8 @@ def _depth(options: argparse.Namespace) -> int:
             _print_json(engine)
         else:
             state = "built now" if engine["built"] else "was there"
-            print(f"{engine['version']} engine for {engine['device']}, {engine['batch']} pictures at a time: {state}")
+            batch = f"{engine['batch']} pictures at a time"
+            _print(f"{engine['version']} engine for {engine['device']}, {batch}: {state}")
         return 0
     if options.frame is not None:
         raise OptionError("frame", "is for build: a data set or a folder of pictures has its own")
@@ -578,7 +610,7 @@ def _depth(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(dataclasses.asdict(found) | {"out": str(found.out), "seconds": round(found.seconds, 3)})
     else:
-        print(f"{found.predicted:,} depth maps in {found.seconds:.1f} s; {printable(found.out)}: {found.pictures:,}")
+        _print(f"{found.predicted:,} depth maps in {found.seconds:.1f} s; {printable(found.out)}: {found.pictures:,}")
         _print_remarks(options, depth)
     return 0
 
@@ -593,9 +625,9 @@ def _merge(options: argparse.Namespace) -> int:
         _print_json(dataclasses.asdict(report) | {"out": str(report.out), "gaps": gaps, "complete": report.complete})
         return 0
     state = "complete" if report.complete else f"{report.done:,} of {report.total:,} samples"
-    print(f"{report.samples:,} samples in {report.seconds:.1f} s; {printable(report.out)}: {state}")
+    _print(f"{report.samples:,} samples in {report.seconds:.1f} s; {printable(report.out)}: {state}")
     if report.gaps:
-        print(f"missing: samples {ranges(report.gaps)}: make them with gpufgbg generate --samples, here or apart")
+        _print(f"missing: samples {ranges(report.gaps)}: make them with gpufgbg generate --samples, here or apart")
     return 0
 
 
@@ -619,9 +651,9 @@ def _stats(options: argparse.Namespace) -> int:
             }
         )
     else:
-        print(statistics_table(found))
+        _print(statistics_table(found))
         if reason := why_cpu(options.device):
-            print(f"decoded on the CPU: {reason}")
+            _print(f"decoded on the CPU: {reason}")
     return 0
 
 
@@ -643,17 +675,17 @@ def _verify(options: argparse.Namespace) -> int:
         )
     else:
         for fault in report.faults:
-            print(f"fault: {printable(fault)}")
+            _print(f"fault: {printable(fault)}")
         verdict = f"{len(report.faults)} faults" if report.faults else "no faults"
         decoded = f", {report.decoded:,} pictures decoded" if report.decoded else ""
-        print(
+        _print(
             f"{report.samples:,} samples, {report.files:,} files read, {report.rerendered:,} samples rendered "
             f"again{decoded}: {verdict}"
         )
         if report.decoded and (reason := decoding.why_cpu(options.device)):
-            print(f"decoded on the CPU: {reason}")
+            _print(f"decoded on the CPU: {reason}")
         elif report.rerendered and (reason := backends.why_cpu(options.device)):
-            print(f"rendered on the CPU: {reason}")
+            _print(f"rendered on the CPU: {reason}")
     return 1 if report.faults else 0
 
 
@@ -664,7 +696,7 @@ def _preview(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"preview": str(written)})
     else:
-        print(printable(written))
+        _print(printable(written))
     return 0
 
 
@@ -687,7 +719,7 @@ def _bench(options: argparse.Namespace) -> int:
         nonlocal began
         began = True
         if not options.json:
-            print(text, flush=True)
+            _print(text)
 
     try:
         results = run(chosen, tell)
@@ -695,19 +727,19 @@ def _bench(options: argparse.Namespace) -> int:
         if began and (chosen.out / RESULTS_FILE).is_file():
             with suppress(GpufgbgError):
                 page, _ = write(Results.load(chosen.out / RESULTS_FILE), chosen.out, "report")
-                print(f"report of what there is: {printable(page)}", file=sys.stderr)
+                _note(f"report of what there is: {printable(page)}")
         raise
     page, left_out = write(results, chosen.out, "report")
     failed = [row for row in results.rows.values() if row.ours and row.status == "failed"]
     if options.json:
         _print_json({"results": str(chosen.out / RESULTS_FILE), "report": str(page), "failed": len(failed)})
     else:
-        print(summary_table(results))
+        _print(summary_table(results))
         if left_out:
-            print(f"no pictures: {left_out}")
-        print(f"report: {printable(page)}; rows: {printable(chosen.out / RESULTS_FILE)}")
+            _print(f"no pictures: {left_out}")
+        _print(f"report: {printable(page)}; rows: {printable(chosen.out / RESULTS_FILE)}")
         for row in failed:
-            print(f"fault: {row.work}: {row.name} ({row.device}): {printable(row.reason)}")
+            _print(f"fault: {row.work}: {row.name} ({row.device}): {printable(row.reason)}")
     return 1 if failed else 0
 
 
@@ -731,10 +763,10 @@ def _bench_compare(options: argparse.Namespace) -> int:
             ]
         )  # fmt: skip
     else:
-        print(f"old: {printable(head(old))}\nnew: {printable(head(new))}\n")
-        print(changes_table(found))
+        _print(f"old: {printable(head(old))}\nnew: {printable(head(new))}\n")
+        _print(changes_table(found))
         verdict = f"{len(worse)} regressions" if worse else "no regression"
-        print(f"{len(found)} rows: {verdict} of ours beyond the noise")
+        _print(f"{len(found)} rows: {verdict} of ours beyond the noise")
     return 1 if worse else 0
 
 
@@ -749,15 +781,42 @@ def _bench_report(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"report": str(page)})
         return 0
-    print(summary_table(results))
+    _print(summary_table(results))
     if left_out:
-        print(f"no pictures: {left_out}")
-    print(f"report: {printable(page)}")
+        _print(f"no pictures: {left_out}")
+    _print(f"report: {printable(page)}")
     return 0
 
 
+def _print(text: str, end: str = "\n") -> None:
+    """Text on standard output; what keeps it from there, but for a reader who has gone, is an error of ours."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard(sys.stdout)
+        raise StorageError(f"standard output: can't be written: {error.strerror or error}") from None
+
+
+def _note(text: str) -> None:
+    """A line on standard error, where somebody reads it: a run does not end because nobody does."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """From here on what is written to a standard stream is lost, also what it still holds at the process's end."""
+    with suppress(OSError, ValueError):  # ValueError: closed, or none of the system's
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1))
+    _print(json.dumps(content, indent=1))
 
 
 # -- progress and errors --------------------------------------------------------------------------------
@@ -797,14 +856,14 @@ def _progress(unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
             if total:
                 left = (total - done) / rate if rate else 0
                 text = f"{done:,} of {total:,} {unit} ({100 * done // total} %), {left:.0f} s left"
-            print(f"{text}, {rate:,.0f}/s", file=sys.stderr, flush=True)
+            _note(f"{text}, {rate:,.0f}/s")
 
         yield line
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
     if issubclass(category, GpufgbgWarning):
-        print(f"gpufgbg: warning: {message}", file=sys.stderr)
+        _note(f"gpufgbg: warning: {message}")
 
 
 def _spelled(error: OptionError) -> str:
@@ -838,6 +897,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Without the program's name; by default those of the process.
     """
     try:
+        code = _run(arguments)
+        _print("", "")  # help and the version too are flushed here, where it can be told what keeps them from it
+        return code
+    except BrokenPipeError:  # the reader of our output has gone
+        _discard(sys.stdout)
+        return 141  # 128 + SIGPIPE, which Windows lacks
+    except OSError as error:
+        named = error.filename2 or error.filename
+        where = f"{printable(os.fsdecode(named))}: " if isinstance(named, (str, bytes, os.PathLike)) else ""
+        _note(f"gpufgbg: error: {where}{printable(error.strerror or error)}")
+    return 2
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """`main` but for what the file system says last: an exit code."""
+    try:
         options = build_parser().parse_args(arguments)
     except SystemExit as error:  # help, version or a usage error, printed already
         return int(error.code or 0)
@@ -847,18 +922,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return int(options.run(options))
         except Interrupted as error:
-            print(f"gpufgbg: {error}", file=sys.stderr)
+            _note(f"gpufgbg: {error}")
             return 130
         except KeyboardInterrupt:
-            print("gpufgbg: interrupted", file=sys.stderr)
+            _note("gpufgbg: interrupted")
             return 130
         except OptionError as error:
-            print(f"gpufgbg: error: {printable(_spelled(error))}", file=sys.stderr)
+            _note(f"gpufgbg: error: {printable(_spelled(error))}")
         except GpufgbgError as error:
-            print(f"gpufgbg: error: {printable(error)}", file=sys.stderr)
-        except BrokenPipeError:  # the reader of our output has gone
-            sys.stderr.close()
-            return 141  # 128 + SIGPIPE, which Windows lacks
+            _note(f"gpufgbg: error: {printable(error)}")
     return 2
 
 

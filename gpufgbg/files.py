@@ -100,6 +100,7 @@ _REFUSALS = {
     errno.EROFS: "{path} is on a read-only file system: choose another folder",
     errno.ENAMETOOLONG: "{path}: the name is too long for this file system: choose a shorter folder",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n) or use fewer workers",
+    errno.EFBIG: "{path}: larger than its file system or ulimit -f allows; {kept}raise it, or choose another folder",
     errno.EIO: "{path}: the disk reports an input/output error; {kept}run the same command again",
 }
 
@@ -124,4 +125,6 @@ def storage_errors(out: Path, kept: Callable[[], str] | str = "") -> Iterator[No
         named = error.filename2 or error.filename
         where = printable(os.fsdecode(named) if isinstance(named, (str, bytes, os.PathLike)) else out)
         reason = _REFUSALS.get(error.errno or 0, f"{{path}}: {printable(error.strerror or error)}; {{kept}}")
+        if error.errno in (errno.EACCES, errno.EPERM) and os.access(where, os.F_OK) > os.access(where, os.R_OK):
+            reason = "no permission to read {path}: change its permissions"
         raise StorageError(reason.format(path=where, kept=text).removesuffix("; ")) from error

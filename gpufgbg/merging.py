@@ -23,7 +23,15 @@ from gpufgbg.exceptions import DatasetError, Interrupted, OptionError, printable
 from gpufgbg.files import storage_errors
 from gpufgbg.layout import SAMPLE_KINDS
 from gpufgbg.manifest import Manifest, Recorder, ShardRecord, merged, missing, open_dataset, open_manifest, within
-from gpufgbg.pipeline import LOOKS, begin_dataset, depth_differences, differences_of, finish_dataset, load_assets
+from gpufgbg.pipeline import (
+    LOOKS,
+    begin_dataset,
+    check_records,
+    depth_differences,
+    differences_of,
+    finish_dataset,
+    load_assets,
+)
 from gpufgbg.recipe import Plan, Recipe, Shard
 from gpufgbg.segments import CompactingRecorder, has_segments, shards_of
 from gpufgbg.shards import Committer, OpenShard
@@ -173,6 +181,7 @@ def _open(paths: Sequence[str | os.PathLike[str]]) -> tuple[Assets, list[_Part]]
     assets: Assets | None = None
     for path in paths:
         manifest, content, recipe = open_dataset(path)
+        check_records(manifest, content)
         if assets is None:
             assets = load_assets(manifest.out, content)
             plan = Plan(recipe, assets.n_backgrounds, assets.widths, assets.heights)

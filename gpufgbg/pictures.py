@@ -89,7 +89,9 @@ class Picture:
         return self.format == "JPEG" and _start_of_frame(self.data)[0] == _BASELINE
 
 
-def list_pictures(folder: str | os.PathLike[str], option: str) -> tuple[list[Path], list[str]]:
+def list_pictures(
+    folder: str | os.PathLike[str], option: str, problems: list[str] | None = None
+) -> tuple[list[Path], list[str]]:
     """The pictures of a folder, sorted by name, and warnings about what else is in it.
 
     Parameters
@@ -98,6 +100,9 @@ def list_pictures(folder: str | os.PathLike[str], option: str) -> tuple[list[Pat
         Not searched in depth; symbolic links are followed.
     option : str
         What the folder was given as, for messages.
+    problems : list of str, optional
+        Takes what is wrong with single entries, a line each, so that the others can be looked at, too; by default
+        it is raised.
 
     Returns
     -------
@@ -127,7 +132,7 @@ def list_pictures(folder: str | os.PathLike[str], option: str) -> tuple[list[Pat
     paths: list[Path] = []
     subfolders: list[str] = []
     others: list[str] = []
-    problems: list[str] = []
+    found: list[str] = []
     for entry in entries:
         if entry.name.startswith(".") or entry.name.lower() in _LITTER:
             continue
@@ -140,27 +145,32 @@ def list_pictures(folder: str | os.PathLike[str], option: str) -> tuple[list[Pat
         elif entry.suffix.lower() not in FORMATS:
             others.append(printable(entry.name))
         elif not kind:
-            problems.append(f"{printable(entry)}: a symbolic link to nothing that can be read")
+            found.append(f"{printable(entry)}: a symbolic link to nothing that can be read")
         elif not stat.S_ISREG(kind):
-            problems.append(f"{printable(entry)}: neither a file nor a folder: remove it")
+            found.append(f"{printable(entry)}: neither a file nor a folder: remove it")
         else:
             paths.append(entry)
     stems: dict[str, Path] = {}
+    twins: set[Path] = set()
     for path in paths:
         first = stems.setdefault(unicodedata.normalize("NFC", path.stem), path)
         if first is not path:
-            problems.append(f"{printable(first)} and {printable(path.name)} share one stem: rename or remove one")
-    if problems:
-        raise InputError(*problems)
+            twins |= {first, path}
+            found.append(f"{printable(first)} and {printable(path.name)} share one stem: rename or remove one")
+    if problems is None:
+        raise_all(found)
+    else:
+        problems.extend(found)
+        paths = [path for path in paths if path not in twins]
     notes = []
     if subfolders:
         notes.append(f"{option}: subfolders are not read: {', '.join(subfolders)}")
     if others:
         notes.append(f"{option}: not pictures by their extension, not read: {', '.join(others)}")
-    if not paths:
-        found = "; ".join(n.split(": ", 1)[1] for n in notes) or "it is empty"
+    if not paths and not found:
+        why = "; ".join(n.split(": ", 1)[1] for n in notes) or "it is empty"
         raise InputError(
-            f"{option}: no pictures in {printable(folder)} ({found}); "
+            f"{option}: no pictures in {printable(folder)} ({why}); "
             f"expected files ending in {', '.join(sorted(FORMATS))}"
         )
     return paths, notes

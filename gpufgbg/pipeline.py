@@ -6,10 +6,11 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,7 @@ from gpufgbg.depth.journal import DepthJournal
 from gpufgbg.depth.options import DepthOptions
 from gpufgbg.exceptions import DatasetError, InputError, Interrupted, OptionError, StorageError, printable
 from gpufgbg.files import remove_tree, storage_errors
+from gpufgbg.jpeg import JpegEncoder
 from gpufgbg.labels import LabelJob, mask_areas, publish_labels, write_labels
 from gpufgbg.layout import SAMPLE_KINDS, Layout
 from gpufgbg.manifest import (
@@ -51,6 +53,8 @@ __all__ = ["GenerateReport", "add_depth", "generate"]
 
 Progress = Callable[[int, int], None]
 LOOKS = 100  # at records that other runs add meanwhile; the last of these to end lists all
+
+_COMPARED = 64  # samples rendered at a time, to be compared with those that there are
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,8 @@ def generate(
         else:
             source_sums = sources.checksums()
             _check_same(manifest, content, described, source_sums)
-            assets = load_assets(manifest.out, content)
+            check_records(manifest, content)
+            assets = _same_assets(manifest, content)
         run.lap("read, check and prepare the pictures")
         compositor = run.load(assets, recipe)
         wanted = _part(samples, len(compositor))
@@ -273,6 +278,7 @@ def add_depth(
     manifest, content, recipe = open_dataset(path)
     run = _Run(manifest, device, workers, batch_size, progress, tell, devices)
     with run.guarded():
+        check_records(manifest, content)
         if not manifest.records():
             raise DatasetError(
                 f"{printable(manifest.out)}: has no samples yet: make them with gpufgbg generate --depth"
@@ -284,7 +290,7 @@ def add_depth(
             run.processes()
         with manifest.locked():
             unpack_segments(manifest, [r for r in manifest.records() if "depth" not in r.moments])
-        assets = load_assets(manifest.out, content)
+        assets = _same_assets(manifest, content)
         run.lap("read, check and prepare the pictures")
         compositor = run.load(assets, recipe)
 
@@ -462,6 +468,8 @@ class _Run:
             with manifest.locked():
                 gaps = self._gaps(wanted)
                 scope = self._scope
+                replaced = {record.shard for record in manifest.records()}.intersection(gaps)
+                _check_replaced(manifest, compositor, sink, sorted(replaced))
                 claimed = held.enter_context(manifest.claim(Shard(scope[0].start, scope[-1].stop))) if gaps else None
                 if claimed is not None and manifest.claims_wait:  # for another run, which may have made them
                     gaps = self._gaps(wanted)
@@ -769,6 +777,51 @@ def load_assets(out: Path, content: dict[str, Any]) -> Assets:
         return Assets.from_files(files)
     except (OSError, InputError) as error:
         raise DatasetError(f"{printable(out)}: assets can't be decoded: {error}") from None
+
+
+def _same_assets(manifest: Manifest, content: dict[str, Any]) -> Assets:
+    """`load_assets`, for samples that are to be made like those that there are."""
+    assets = load_assets(manifest.out, content)
+    if assets.fingerprint() != content["assets"]["fingerprint"]:
+        raise DatasetError(
+            f"{printable(manifest.out)}: its bg/, fg/ and fg_mask/ decode to other pixels than when it was begun: "
+            "use the version of Pillow that dataset.json names, or begin a new data set"
+        )
+    return assets
+
+
+def check_records(manifest: Manifest, content: dict[str, Any]) -> None:
+    """Raise `DatasetError` where a data set has lost the records of its samples, as a copy without .gpufgbg/ has."""
+    if content["shards"] and not manifest.records() and not (manifest.state / "shards").is_dir():
+        raise DatasetError(
+            f"{printable(manifest.out)}: dataset.json lists {content['counts']['done']:,} samples, but there is no "
+            f"{printable(manifest.state)} that tells of them: copy it too, from where the data set was copied"
+        )
+
+
+def _check_replaced(manifest: Manifest, compositor: Compositor, sink: str, shards: Sequence[Shard]) -> None:
+    """Raise `DatasetError` where shards that are to be made again, with depth maps, would be others than they are.
+
+    The first sample of each tells: what a changed recipe makes differs everywhere.
+    """
+    layout, recipe = Layout.of(compositor.plan), compositor.recipe
+    there = sinks.select(sink, manifest.out, compositor.plan, SAMPLE_KINDS[:-1])
+    encoder = JpegEncoder(recipe.quality, recipe.subsampling, recipe.optimize, compositor.backend.name)
+    for first in range(0, len(shards), _COMPARED):
+        group = shards[first : first + _COMPARED]
+        batch = compositor.render([shard.start for shard in group])
+        pictures = {
+            "composite": encoder.encode(batch.image, "HWC"),
+            "composite_mask": encoder.encode(batch.mask, "HW"),
+        }
+        for at, (shard, stem) in enumerate(zip(group, layout.stems(batch.labels), strict=True)):
+            expected = [(Layout.sample_path(kind, stem), bytes(files[at])) for kind, files in pictures.items()]
+            if list(islice(there.read(shard), len(expected))) != expected:
+                raise DatasetError(
+                    f"{printable(manifest.out)}: samples {shard.start}:{shard.stop} are not what the recipe in "
+                    f"dataset.json makes, and would be replaced: restore dataset.json or the samples "
+                    f"(gpufgbg verify {printable(manifest.out)} says more)"
+                )
 
 
 def _reading(paths: list[Path]) -> Iterator[Callable[[], bytes]]:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import os
+import stat
 import struct
 import tarfile
 import threading
@@ -33,6 +34,7 @@ _KIND_OF_FOLDER = {folder: kind for kind, folder in KINDS.items()}
 _KIND_OF_SUFFIX = {f".{suffix}": kind for kind, suffix in TAR_SUFFIXES.items()}
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _READ_BYTES = 1 << 16  # asked for at once: a picture of a data set in most cases
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe is opened at once, too
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, lengths of its name and of what follows
 
 
@@ -74,7 +76,7 @@ class StoredPicture(NamedTuple):
     def portable(self) -> bool:
         """Whether another process of this machine can be given it, to read it there."""
         function = getattr(self.read, "func", None)
-        return function in (_read_file, _read_stored) or getattr(function, "__func__", None) is _File.read
+        return function in (read_file, _read_stored) or getattr(function, "__func__", None) is _File.read
 
     def load(self) -> bytes:
         """The encoded picture's bytes.
@@ -190,7 +192,7 @@ def _tree(root: Path, folders: dict[str, str]) -> Iterator[StoredPicture]:
             below = os.path.relpath(parent, folder.parent).replace(os.sep, "/")
             for name in sorted(names):
                 if (kind == _LABELS or name.lower().endswith(_ENDINGS)) and not name.startswith("."):
-                    reader = functools.partial(_read_file, f"{parent}{os.sep}{name}")
+                    reader = functools.partial(read_file, f"{parent}{os.sep}{name}")
                     yield StoredPicture(kind, place, f"{below}/{name}", reader)
 
 
@@ -198,10 +200,13 @@ def _refused(error: OSError) -> NoReturn:
     raise DatasetError(f"{printable(error.filename)}: can't be read: {error.strerror}") from None
 
 
-def _read_file(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """A file's bytes, quickly; `OSError` also where it is a pipe or a device, for which nobody waits."""
+    descriptor = os.open(path, _READ_FLAGS)
     try:
         parts = [os.read(descriptor, _READ_BYTES)]
+        if len(parts[0]) in (0, _READ_BYTES) and not stat.S_ISREG(os.fstat(descriptor).st_mode):  # empty, or endless
+            raise OSError("neither a file nor a folder: remove it")
         while len(parts[-1]) == _READ_BYTES:  # a file gives less than asked for at its end alone
             parts.append(os.read(descriptor, _READ_BYTES))
     finally:
@@ -263,6 +268,8 @@ def _archive(path: Path, kind_of: Callable[[str], str | None]) -> Iterator[Store
             )
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise DatasetError(f"{printable(path)}: damaged: {error}") from None
+    except OSError as error:
+        raise DatasetError(f"{printable(path)}: can't be read: {error.strerror or error}") from None
 
 
 def _zip(path: Path, kind_of: Callable[[str], str | None]) -> Iterator[StoredPicture]:

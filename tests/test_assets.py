@@ -289,6 +289,7 @@ def pairs(given: Input, foregrounds: list[str], masks: list[str]) -> list[str]:
     given.replace("foregrounds", **dict.fromkeys(foregrounds, b"-"))
     given.replace("masks", **dict.fromkeys(masks, b"-"))
     found = find_sources(given.backgrounds, given.foregrounds, given.masks)
+    found.checksums()  # raises what is wrong
     assert [path.name for path in found.foregrounds] == sorted(foregrounds)
     return [path.name for path in found.masks or ()]
 

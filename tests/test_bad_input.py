@@ -607,7 +607,7 @@ def test_no_space_left_at_any_step(
         (errno.EROFS, "{out} is on a read-only file system: choose another folder"),
         (errno.EIO, "{out}: the disk reports an input/output error; 0 of 48 samples are safe; run the same"),
         (errno.EMFILE, "too many open files: raise the limit (ulimit -n) or use fewer workers"),
-        (errno.EFBIG, "{out}: File too large"),
+        (errno.EFBIG, "{out}: larger than its file system or ulimit -f allows; 0 of 48 samples are safe; raise"),
     ],
 )
 def test_other_refusals_of_the_disk(
@@ -820,3 +820,23 @@ def test_out_may_be_a_link_to_a_folder(given: Given, run, tmp_path: Path) -> Non
     given.out.symlink_to(tmp_path / "real")
     assert run(*given.command)[0] == 0
     check_samples(tmp_path / "real", 48)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+def test_everything_is_named_at_once(given: Given, refused) -> None:
+    """What is seen from outside, and what is seen once it is decoded."""
+    os.mkfifo(given.backgrounds / "pipe.jpg")
+    (given.backgrounds / "zero.jpg").write_bytes(b"")
+    (given.foregrounds / "gone.png").symlink_to("nowhere")
+    (given.foregrounds / "alone.png").write_bytes(FIGURE)
+    (given.foregrounds / "p.png").write_bytes(b"")
+    error = refused(*given.command)
+    assert "5 problems with the input: " in error
+    for message in (
+        f"{given.backgrounds / 'pipe.jpg'}: neither a file nor a folder",
+        f"{given.backgrounds / 'zero.jpg'}: zero bytes long",
+        f"{given.foregrounds / 'gone.png'}: a symbolic link to nothing",
+        f"{given.foregrounds / 'alone.png'}: a foreground without a mask",
+        f"{given.foregrounds / 'p.png'}: zero bytes long",
+    ):
+        assert message in error

@@ -20,8 +20,9 @@ import oracle
 import pytest
 from conftest import start
 
-from gpufgbg import __version__, backends
+from gpufgbg import Recipe, __version__, backends, generate
 from gpufgbg.cli import build_parser
+from gpufgbg.manifest import Manifest
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -176,6 +177,35 @@ def test_demo_keeps_away_from_other_peoples_folders(refused, tmp_path):
     assert "not a demo of ours" in refused("demo", tmp_path / "full", out=tmp_path / "full")
 
 
+def test_a_demo_that_is_refused_writes_nothing(refused, tmp_path):
+    out = tmp_path / "demo"
+    for argument in ("--device=cuda:99", "--device=cuda:0,99", "--device=tpu", "--workers=0", "--per-pair=0"):
+        refused("demo", out, argument, out=out)
+
+
+def test_a_demo_that_was_stopped_is_made_again(run, tmp_path):
+    backgrounds = tmp_path / "demo" / "assets" / "backgrounds"
+    backgrounds.mkdir(parents=True)
+    (backgrounds / "street_00.jpg").write_bytes(b"the beginn")
+    code, _, error = run("demo", tmp_path / "demo", "--no-depth", "--device=cpu")
+    assert code == 0, error
+    assert run("verify", tmp_path / "demo" / "dataset")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["assets/own.png", "assets/backgrounds/own.png", "dataset/own.txt", "dataset"])
+def test_demo_keeps_away_from_folders_that_look_like_its_own(refused, tmp_path, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("dear")
+    assert "not a demo of ours" in refused("demo", tmp_path / "out", "--device=cpu")
+
+
+def test_demo_is_not_for_urls(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "OUT: got s3://bucket/demo, expected a folder on this machine" in refused(
+        "demo", "s3://bucket/demo", out=tmp_path
+    )
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_device_that_is_not_there(refused, arguments, device):
     if backends.why_cpu("auto") is None:
@@ -208,3 +238,121 @@ def test_the_reader_of_the_output_goes_away(tmp_path):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def piped(*arguments, stdout=subprocess.PIPE, **environment) -> subprocess.CompletedProcess[str]:
+    """The command line in a process whose output is buffered, as it is by default."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | environment
+    command = [sys.executable, "-m", "gpufgbg", *map(str, arguments)]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def small(folders, tmp_path_factory) -> Path:
+    """A data set of 24 samples."""
+    out = tmp_path_factory.mktemp("small") / "set"
+    generate(out, *folders.values(), Recipe(per_pair=1, size=(64, 48), foreground_height=20), device="cpu")
+    return out
+
+
+@pytest.mark.parametrize("arguments", [["stats", "SET"], ["verify", "SET", "--json"], ["--help"]])
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way there")
+def test_the_reader_of_buffered_output_goes_away(small, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = piped(*(small if word == "SET" else word for word in arguments), stdout=writer)
+    finally:
+        os.close(writer)
+    assert (done.stderr, done.returncode) == ("", 141)
+
+
+@pytest.mark.parametrize("arguments", [["stats", "SET"], ["verify", "SET", "--json"], ["--version"]])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_standard_output_is_full(small, arguments):
+    with Path("/dev/full").open("w") as full:
+        done = piped(*(small if word == "SET" else word for word in arguments), stdout=full)
+    assert done.stderr == "gpufgbg: error: standard output: can't be written: No space left on device\n"
+    assert done.returncode == 2
+
+
+def test_standard_output_that_takes_ascii_alone(small, tmp_path):
+    (tmp_path / "öut").symlink_to(small)
+    done = piped("preview", tmp_path / "öut", PYTHONIOENCODING="ascii")
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == f"{tmp_path}/\\xf6ut/preview.png\n"
+    (small / "preview.png").unlink()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_streams_that_are_closed(small, tmp_path, closed):
+    command = f'"{sys.executable}" -m gpufgbg stats "{small}" {closed}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("composite" in done.stdout) == ("1>" not in closed)
+    done = subprocess.run(["bash", "-c", command.replace(f'"{small}"', "nowhere")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_folder_where_a_tar_file_should_be(refused, tmp_path):
+    (tmp_path / "out" / "shards" / "x.tar").mkdir(parents=True)
+    assert "x.tar: can't be read: Is a directory" in refused("stats", tmp_path / "out")
+
+
+def test_what_the_system_refuses_is_one_line(refused, small, monkeypatch):
+    def no(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", no)
+    assert f"error: {small / 'dataset.json'}: Permission denied" in refused("verify", small, out=small)
+
+
+def test_what_may_not_be_read_is_not_said_to_be_written(refused, arguments, tmp_path, monkeypatch):
+    def no(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dataset.json").write_text("{}")
+    monkeypatch.setattr(Manifest, "read", lambda self: no(self.file))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK)  # root may read everything
+    assert f"no permission to read {tmp_path / 'out' / 'dataset.json'}" in refused(*arguments)
+
+
+@pytest.mark.parametrize("after", [0.001, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6])
+def test_interrupted_while_it_starts(tmp_path, after):
+    program = "import signal, sys, threading, os; from gpufgbg.__main__ import main; "
+    program += f"threading.Timer({after}, os.kill, (os.getpid(), signal.SIGINT)).start(); "
+    program += "sys.exit(main())"
+    command = [sys.executable, "-c", program, "demo", tmp_path / "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr and "interrupted" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("after", [0.2, 0.5, 0.8, 1.1])
+def test_interrupted_while_its_processes_start(arguments, after):
+    """Ctrl-C goes to all processes of a terminal's group; those that start are silent."""
+    with start(*arguments, "--device=cpu,cpu", "--per-pair=2000", start_new_session=True) as process:
+        time.sleep(after)
+        os.killpg(process.pid, signal.SIGINT)
+        printed, error = process.communicate(timeout=60)
+    assert (process.returncode, printed) in ((130, ""), (-signal.SIGINT, "")), error
+    if process.returncode == 130:  # not before Python itself had started
+        assert "Traceback" not in error and "interrupted" in error.splitlines()[-1]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+@pytest.mark.parametrize("command", ["stats", "verify"])
+def test_a_pipe_among_pictures(run, tmp_path, command):
+    """Nobody waits for who would write to it."""
+    (tmp_path / "fg_bg").mkdir()
+    os.mkfifo(tmp_path / "fg_bg" / "x.jpg")
+    code, printed, error = run(command, tmp_path, "--workers=1", "--device=cpu")
+    assert code == (2 if command == "stats" else 1)
+    assert f"{tmp_path / 'fg_bg' / 'x.jpg'}: can't be read: neither a file nor a folder: remove it" in printed + error
+
+
+def test_options_of_depth_without_depth(refused, arguments, tmp_path):
+    for option in ("--depth-scale=3", "--depth-input=rendered", "--depth-size=64", "--depth-batch=2"):
+        name = option.partition("=")[0]
+        assert f"{name}: is for depth maps: give their weights too, with --depth" in refused(*arguments, option)

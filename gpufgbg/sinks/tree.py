@@ -14,6 +14,7 @@ from pathlib import Path
 from gpufgbg.exceptions import DatasetError, printable
 from gpufgbg.files import fsync_folder, sync_file_system
 from gpufgbg.layout import Layout
+from gpufgbg.readers import read_file
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.sinks import EncodedSamples
 
@@ -96,9 +97,11 @@ class TreeSink:
                 for kind in self.kinds:
                     path = Layout.sample_path(kind, stem)
                     try:
-                        yield path, (self.out / path).read_bytes()
+                        yield path, read_file(self.out / path)
                     except OSError as error:
-                        raise DatasetError(f"{printable(self.out / path)}: can't be read: {error.strerror}") from None
+                        raise DatasetError(
+                            f"{printable(self.out / path)}: can't be read: {error.strerror or error}"
+                        ) from None
 
     def finish(self, done: Sequence[Shard]) -> None:
         """Nothing to do: every shard is in its final form."""
