@@ -140,8 +140,10 @@ def assert_near(found: Moments, expected: Moments, decoder: DaliDecoder) -> None
 
 
 def by_pillow(files: list[bytes], mode: str) -> Moments:
-    images = [Image.open(io.BytesIO(file)).convert(mode) for file in files]
-    return Moments.total(Moments.of(np.asarray(image)[None]) for image in images)
+    """Of 16 bits, which `convert` cuts off at 255, the upper byte."""
+    images = [Image.open(io.BytesIO(file)) for file in files]
+    images = [Image.fromarray((np.asarray(i) >> 8).astype(np.uint8)) if i.mode == "I;16" else i for i in images]
+    return Moments.total(Moments.of(np.asarray(image.convert(mode))[None]) for image in images)
 
 
 def stored(files: list[bytes], kind: str = "composite") -> list[StoredPicture]:
