@@ -72,6 +72,7 @@ class CpuPipeline:
         frame_bytes = 4 * plan.recipe.width * plan.recipe.height
         self.batch = batch_size or max(1, min(BATCH, _BATCH_BYTES // frame_bytes))
         self.manifest = manifest
+        self.alive: Callable[[], None] = lambda: None  # called after each prediction, from any thread
         self.timeline: dict[str, float] = {}
         self.memory: dict[str, int] = {}
         self.transferred: dict[str, int] = {}
@@ -144,7 +145,8 @@ class CpuPipeline:
         ranges = None
         if self.depth is not None:
             first = shard.shard.start + batch.start
-            maps = _DepthOfBatch(self.depth, journal, shard.shard, composites, files["composite"], first).maps()
+            saved = files["composite"]
+            maps = _DepthOfBatch(self.depth, journal, shard.shard, composites, saved, first, self.alive).maps()
             files["depth"] = [one.file for one in maps]
             ranges = np.array([one.range for one in maps], np.float32)
             moments["depth"] = Moments.total(one.moments for one in maps)
@@ -162,6 +164,7 @@ class _DepthOfBatch:
     composites: npt.NDArray[np.uint8]
     saved: list[bytes]
     first: int
+    alive: Callable[[], None]
 
     def maps(self) -> list[KeptDepth]:
         """In order of samples."""
@@ -169,10 +172,11 @@ class _DepthOfBatch:
         if self.journal is not None:
             found = [self.journal.find(self.first + n) for n in range(len(self.saved))]
         lacking = [n for n, kept in enumerate(found) if kept is None]
-        step = max(_PREDICTED, self.depth.batch)
+        step = self.depth.batch if self.journal is None else max(_PREDICTED, self.depth.batch)
         for start in range(0, len(lacking), step):
             part = lacking[start : start + step]
             made = self._predicted(part)
+            self.alive()
             if self.journal is not None:
                 self.journal.add(self.shard, made)
             for n, kept in zip(part, made, strict=True):

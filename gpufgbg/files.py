@@ -5,16 +5,30 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import secrets
 import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gpufgbg.exceptions import StorageError, printable
 
-__all__ = ["atomic_path", "fsync_folder", "remove_tree", "storage_errors", "sync_file_system", "write_atomic"]
+__all__ = [
+    "atomic_path",
+    "fsync_folder",
+    "local_prefix",
+    "process_is_gone",
+    "remove_orphans",
+    "remove_tree",
+    "storage_errors",
+    "sync_file_system",
+    "this_machine",
+    "write_atomic",
+]
 
 
 def write_atomic(path: Path, data: bytes, scratch: Path | None = None) -> None:
@@ -89,6 +103,42 @@ def sync_file_system(folder: Path) -> None:
 def remove_tree(folder: Path) -> None:
     """Remove a folder of ours and all in it; nothing happens where it is gone already."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def this_machine() -> str:
+    """This machine since it was started, as far as processes see each other."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        name += Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        name += str(Path("/proc/self/ns/pid").readlink())
+    return name
+
+
+def process_is_gone(number: int) -> bool:
+    """Whether this machine surely has no process of this number."""
+    if os.name == "nt":  # where signal 0 is none
+        return False
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def local_prefix(process: int | str | None = None) -> str:
+    """With what names of this process's folders in TMPDIR begin, so that they can be told from a dead one's."""
+    machine = hashlib.sha256(this_machine().encode()).hexdigest()[:8]
+    return f"gpufgbg-{machine}-{os.getpid() if process is None else process}-"
+
+
+def remove_orphans() -> None:
+    """Remove folders in TMPDIR that processes of this machine left which were killed."""
+    for path in Path(tempfile.gettempdir()).glob(local_prefix("*") + "*"):
+        number = path.name.split("-")[2]
+        if number.isdecimal() and process_is_gone(int(number)):
+            remove_tree(path)
 
 
 _REFUSALS = {

@@ -227,6 +227,8 @@ class Manifest:
         Whether `claim` may wait for another run, so that there may be more records after it.
     keeps_ranges : bool
         Whether the least and greatest depth of each sample are kept: for label files alone.
+    disk : Path
+        Where unfinished shards lie; named where a disk is full.
     """
 
     claims_wait = False
@@ -236,6 +238,7 @@ class Manifest:
         self.out = out
         self.state = out / STATE
         self.scratch = self.state / "scratch"
+        self.disk = out
         self.journal: Path | None = self.state / "journal"
         self._depth = self.state / "depth"
         self.file = out / "dataset.json"

@@ -131,7 +131,7 @@ def merge(
     for part in parts:
         if _place(part) == _place(out):
             raise OptionError("PART", f"{printable(part)} is also OUT: leave it out, its samples stay")
-    with storage_errors(manifest.out):
+    with storage_errors(manifest.disk):
         manifest.check_free()
         assets, opened = _open(parts)
         first = opened[0]

@@ -196,6 +196,8 @@ def generate(
         raise OptionError("out", "got an empty name, expected the data set's folder")
     if is_url(out) and sink != "tar":
         raise OptionError("sink", f"got {sink!r} with a URL as --out, expected tar: a store takes whole shards")
+    if str(out).lower().startswith("memory:") and is_url(out) and (len(devices) > 1 or ray is not None):
+        raise OptionError("out", f"got {printable(out)} with several processes, each of which has its own memory")
     run = _Run(open_manifest(out), device, workers, batch_size, progress, tell, devices, ray)
     manifest = run.manifest
     with run.guarded():
@@ -343,7 +345,7 @@ class _Run:
     @contextmanager
     def guarded(self) -> Iterator[None]:
         """What the file system refuses becomes one line that says what is safe; no process is left in the end."""
-        with storage_errors(self.manifest.out, self._safe):
+        with storage_errors(self.manifest.disk, self._safe):
             try:
                 yield
             finally:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import crews
@@ -129,6 +131,22 @@ def test_refusals(make, tmp_path, monkeypatch):
         make("out", ray="")
     with pytest.raises(DeviceError, match=r"^--ray 127\.0\.0\.1:1: no cluster answers: "):
         make("out", ray="127.0.0.1:1")
+    monkeypatch.setattr(cluster, "_CONNECT_S", 1.0)
+    for said, reason in (
+        (b"", "no answer within 1 s"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something else than Ray"),
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+
+            def answer(other=other, said=said):
+                link, _ = other.accept()
+                with link:
+                    link.sendall(said)
+                    time.sleep(2)
+
+            threading.Thread(target=answer, daemon=True).start()
+            with pytest.raises(DeviceError, match=f"no cluster answers: {reason}"):
+                make("out", ray=f"127.0.0.1:{other.getsockname()[1]}")
     assert not (tmp_path / "out").exists()
 
 

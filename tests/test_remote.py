@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -19,7 +21,7 @@ import faults
 import oracle
 import pytest
 
-from gpufgbg import DatasetError, OptionError, Recipe, StorageError, generate, merge, pipeline, stream
+from gpufgbg import DatasetError, OptionError, Recipe, StorageError, files, generate, merge, pipeline, stream
 from gpufgbg.manifest import open_manifest
 from gpufgbg.recipe import Shard
 from gpufgbg.remote import manifest as remote_manifest
@@ -615,3 +617,33 @@ def test_removing_many(s3):
     assert list(store.list("a")) == ["0"]
     store.remove(["a/0", "a/1"])
     assert not store.list("a")
+
+
+def test_what_a_killed_run_left_in_tmpdir_is_removed(make, s3, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    left, ours, others = (
+        tmp_path / "tmp" / name
+        for name in (f"{files.local_prefix(process.pid)}x", f"{files.local_prefix()}x", "gpufgbg-other-1-x")
+    )
+    for folder in (left, ours, others):
+        (folder / "run").mkdir(parents=True)
+    make("s3://bucket/set", samples=(0, 5))
+    assert not left.exists() and ours.exists() and others.exists()
+
+
+def test_a_full_tmpdir_is_named(arguments, run, s3, tmp_path, monkeypatch):
+    def full(self, pack):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gpufgbg.sinks.FileShard.append", full)
+    given = [argument for argument in arguments if not argument.startswith("--out")]
+    code, _, error = run(*given, "--sink=tar", "--out=s3://bucket/set")
+    assert code == 2 and f"no space left on the disk of {tempfile.gettempdir()}; 0 of 48 samples are safe" in error
+
+
+def test_a_store_in_memory_is_for_one_process(make):
+    with pytest.raises(OptionError, match="with several processes, each of which has its own memory"):
+        make("memory://bucket/set", device="cpu,cpu")

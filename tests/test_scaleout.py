@@ -142,6 +142,30 @@ def test_a_worker_that_lives_on_can_not_publish(make, tmp_path, members, monkeyp
     assert oracle.tree_of(tmp_path / "out") == before == oracle.tree_of(tmp_path / "whole")
 
 
+def test_slow_predictions_are_no_silence(make, tmp_path, members, monkeypatch):
+    """A batch whose depth maps take longer than a worker may be silent; one that hangs in a prediction is lost."""
+    pytest.importorskip("onnxruntime")
+    small = Recipe(size=(64, 48), foreground_height=20, per_pair=1)
+    make("whole", device="cpu", sink="tar", depth="demo", recipe=small)
+    monkeypatch.setattr(driver, "HANG_S", 4.0)
+
+    def each_takes(seconds: float) -> tuple[str, ...]:
+        patch = (
+            "import time; from gpufgbg.depth.model import DepthModel; maps = DepthModel.maps; "
+            f"DepthModel.maps = lambda self, *given: (time.sleep({seconds} * len(given[0])), maps(self, *given))[1]; "
+        )
+        return *crews.WORKER[:2], patch + crews.WORKER[2]
+
+    monkeypatch.setattr(processes, "COMMAND", each_takes(0.8))  # 5.6 s a shard of 7
+    make("out", sink="tar", depth="demo", recipe=small)
+    assert len(members) == 2
+    assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
+    monkeypatch.setattr(processes, "COMMAND", each_takes(1000))
+    monkeypatch.setattr(driver, "HANG_S", 1.5)
+    with pytest.raises(DeviceError, match=r"3 workers were lost|no worker is left: cpu: silent for 2 s"):
+        make("hung", sink="tar", depth="demo", recipe=small)
+
+
 def test_replacements_that_hang_while_they_load(make, tmp_path, members, monkeypatch):
     """Each has a time of its own to get ready; nobody waits for ever."""
     monkeypatch.setattr(driver, "START_S", 30.0)

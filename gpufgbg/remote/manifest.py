@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gpufgbg.exceptions import DatasetError, StorageError, printable
+from gpufgbg.files import local_prefix, process_is_gone, remove_orphans, this_machine
 from gpufgbg.manifest import STATE, Manifest, ShardRecord, inside, kept
 from gpufgbg.recipe import Shard
 from gpufgbg.remote.store import RemotePath, Store
@@ -47,9 +47,10 @@ class RemoteManifest(Manifest):
     def __init__(self, url: str) -> None:
         self.store = Store(url)
         super().__init__(cast(Path, RemotePath(self.store)))  # it has what is used of a path
-        self._local = Path(tempfile.gettempdir(), f"gpufgbg-{uuid.uuid4().hex}")
+        self._local = Path(tempfile.gettempdir(), f"{local_prefix()}{uuid.uuid4().hex}")
         self._remove = weakref.finalize(self, shutil.rmtree, self._local, ignore_errors=True)
         self.scratch = self._local / "scratch"
+        self.disk = self._local.parent
         self.journal = None  # it would be one more request a map
         self._known: dict[str, ShardRecord] = {}
         self._looked: frozenset[str] = frozenset()  # names of the records at the last call of `settled`
@@ -92,6 +93,7 @@ class RemoteManifest(Manifest):
         DatasetError
             A living run is making some of these samples.
         """
+        remove_orphans()
         others = self._overlapping(part)
         self._wait_for_death(others)
         self.store.remove(others)
@@ -208,24 +210,9 @@ class RemoteManifest(Manifest):
 
 def _died_here(seen: dict[str, Any]) -> bool:
     """Whether a lease is of a process of this machine that is no more."""
-    if seen.get("machine") != _machine():
+    if seen.get("machine") != this_machine():
         return False
-    try:
-        os.kill(int(seen["process"]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _machine() -> str:
-    """This machine since it was started, as far as processes see each other."""
-    name = socket.gethostname()
-    with contextlib.suppress(OSError):
-        name += Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        name += str(Path("/proc/self/ns/pid").readlink())
-    return name
+    return process_is_gone(int(seen["process"]))
 
 
 class _Lease:
@@ -245,7 +232,7 @@ class _Lease:
     def _write(self) -> None:
         with self._lock:
             self._beats += 1
-            content = {"machine": _machine(), "process": os.getpid(), "beats": self._beats}
+            content = {"machine": this_machine(), "process": os.getpid(), "beats": self._beats}
             if self._claims:
                 content["claims"] = True
             self._store.write(self.key, json.dumps(content).encode())

@@ -135,7 +135,7 @@ class Store:
                 if absent:
                     raise
                 reason = "the store says that there is no such object"
-            except (TypeError, AttributeError, NameError):
+            except TypeError:
                 raise  # of a package of another version, or a mistake: it does not pass
             except PermissionError as error:
                 raise StorageError(

@@ -24,6 +24,8 @@ __all__ = ["RayCrew", "connected"]
 
 _POLL_S = 5.0  # that a worker waits for something to say
 _CONNECT_S = 10.0
+_SETTINGS = b"\x04"  # a type of frame
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + bytes(5)  # and no settings
 _LOOK_S = 5.0  # between two looks for machines that have joined
 
 
@@ -66,12 +68,23 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Raise `DeviceError` where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    """Raise `DeviceError` where no cluster listens at HOST:PORT: Ray itself would try for minutes.
+
+    Ray speaks gRPC, and so HTTP/2 (RFC 9113, section 3.4): the server's first frame is SETTINGS. Under TLS that would
+    need the cluster's certificates, so there a connection will do.
+    """
     match = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     if not match:
         return
     try:
-        socket.create_connection((match[1].strip("[]"), int(match[2])), _CONNECT_S).close()
+        with socket.create_connection((match[1].strip("[]"), int(match[2])), _CONNECT_S) as link:
+            if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+                link.sendall(_PREFACE)
+                first = link.recv(9, socket.MSG_WAITALL)
+                if first[3:4] != _SETTINGS:
+                    raise OSError("something else than Ray listens there")
+    except TimeoutError:
+        raise _no_answer(address, f"no answer within {_CONNECT_S:.0f} s") from None
     except (OSError, OverflowError) as error:
         raise _no_answer(address, str(error)) from None
 

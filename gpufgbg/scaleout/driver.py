@@ -234,6 +234,9 @@ class Driver:
         member.made += count
         self._run.show(sum(other.made for other in self._members))
 
+    def _on_alive(self, member: Member) -> None:
+        """It is no longer silent."""
+
     def _on_closed(self, member: Member, record: Any) -> None:
         assert self._run is not None and member.folder is not None
         member.held.discard(record.shard)

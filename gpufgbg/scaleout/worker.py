@@ -8,6 +8,7 @@ Messages to the driver, and its answers:
   now or later, is ``("begin", folder)``.
 - ``("next",)``: asks for a shard; the answer is a `Shard`, or None where there is none now.
 - ``("made", count)``: so many more samples are on their way.
+- ``("alive",)``: depth maps are on their way, of which a batch can take minutes; sent after one is predicted.
 - ``("closed", record)``: a shard is published.
 - ``("done", timeline, memory, transferred)``: all shards since ``begin`` are published. Another ``begin`` may come.
 - ``("tell", text)`` and ``("warning", text)``: for the user.
@@ -26,6 +27,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ from gpufgbg.children import parent_of, portable_error
 from gpufgbg.compositor import Compositor
 from gpufgbg.depth.options import DEMO
 from gpufgbg.exceptions import DatasetError, GpufgbgWarning, printable
-from gpufgbg.files import remove_tree
+from gpufgbg.files import local_prefix, remove_tree
 from gpufgbg.layout import SAMPLE_KINDS
 from gpufgbg.remote.store import RemotePath
 
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from gpufgbg.recipe import Recipe, Shard
 
 __all__ = ["Channel", "Job", "serve"]
+
+_ALIVE_S = 1.0  # between two signs of life
 
 
 class Channel(Protocol):
@@ -105,8 +109,9 @@ def serve(channel: Channel, job: Job, device: str) -> None:
     """Load ``job`` on ``device`` and make the driver's shards until the channel ends."""
     link = _Link(channel)
     try:
-        with _warnings_sent(link), _depth_options(job) as depth:
-            worker = _Worker(job, device, depth, link)
+        with _warnings_sent(link):
+            with _depth_options(job) as depth:  # the file is gone before work begins, since actors are killed
+                worker = _Worker(job, device, depth, link)
             link.send("ready", worker.name, worker.engine)
             while True:
                 _, folder = channel.recv()
@@ -154,6 +159,20 @@ class _Reporter:
             self._link.send("closed", record)
 
 
+class _Alive:
+    """Tells the driver that there is progress, but not all the time."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+        self._told = 0.0
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self._told >= _ALIVE_S:
+            self._told = now
+            self._link.send("alive")
+
+
 class _Worker:
     """Everything loaded on one device."""
 
@@ -178,6 +197,8 @@ class _Worker:
         kinds = SAMPLE_KINDS if self._model else SAMPLE_KINDS[:-1]
         sink = sinks.select(job.sink, job.out, compositor.plan, kinds)
         maker = select_maker(compositor, sink, _Reporter(job.out, link), job.workers, job.batch_size, self._model)
+        if hasattr(maker, "alive"):
+            maker.alive = _Alive(link)
         with _run_folder(job, folder) as path:
             maker.run(link.shards(), path, lambda count: link.send("made", count), None)
         link.send("done", maker.timeline, maker.memory, maker.transferred)
@@ -187,7 +208,7 @@ class _Worker:
 def _run_folder(job: Job, folder: Path) -> Iterator[Path]:
     """The folder for unfinished shards; on this machine's own disk where the shards go to a store."""
     if isinstance(job.out, RemotePath) and not folder.parent.is_dir():  # the driver is on another machine
-        with tempfile.TemporaryDirectory(prefix="gpufgbg-") as own:
+        with tempfile.TemporaryDirectory(prefix=local_prefix()) as own:
             yield Path(own)
         return
     if not folder.parent.is_dir():
@@ -206,7 +227,7 @@ def _depth_options(job: Job) -> Iterator[DepthOptions | None]:
     if job.depth is None or job.weights is None:
         yield job.depth
         return
-    with tempfile.TemporaryDirectory(prefix="gpufgbg-") as folder:
+    with tempfile.TemporaryDirectory(prefix=local_prefix()) as folder:
         for name, data in job.weights.items():
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
+from gpufgbg.files import local_prefix
 from gpufgbg.layout import Layout
 from gpufgbg.recipe import Plan, Shard
 from gpufgbg.remote.store import RemotePath
@@ -46,7 +47,7 @@ class RemoteTarSink(TarSink):
 
     @contextlib.contextmanager
     def _whole(self, path: Path) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="gpufgbg-") as folder:
+        with tempfile.TemporaryDirectory(prefix=local_prefix()) as folder:
             local = Path(folder, UNFINISHED)
             yield local
             self._upload(local, path)
