@@ -37,6 +37,7 @@ from gpufgbg.depth.options import (
 from gpufgbg.exceptions import (
     GpufgbgError,
     GpufgbgWarning,
+    InputError,
     Interrupted,
     OptionError,
     StorageError,
@@ -44,6 +45,7 @@ from gpufgbg.exceptions import (
 )
 from gpufgbg.recipe import FLIPS, SUBSAMPLINGS, Recipe
 from gpufgbg.urls import is_url, local_path
+from gpufgbg.verify_report import NAMED
 
 if TYPE_CHECKING:
     from gpufgbg.pipeline import GenerateReport
@@ -631,11 +633,17 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_name(options: argparse.Namespace) -> None:
+    if not options.dataset:
+        raise OptionError("DATASET", "got an empty name, expected a data set's folder, or a zip or tar file")
+
+
 def _stats(options: argparse.Namespace) -> int:
     from gpufgbg.decoding import why_cpu
     from gpufgbg.report import statistics_table
     from gpufgbg.statistics import statistics
 
+    _check_name(options)
     with _progress("pictures", quiet=options.json) as progress:
         found = statistics(options.dataset, options.workers, lambda done: progress(done, 0), device=options.device)
     if options.json:
@@ -661,6 +669,7 @@ def _verify(options: argparse.Namespace) -> int:
     from gpufgbg import backends, decoding
     from gpufgbg.verify import verify
 
+    _check_name(options)
     with _progress("samples", quiet=options.json) as progress:
         report = verify(options.dataset, options.rerender, options.workers, progress, options.device, options.decode)
     if options.json:
@@ -676,7 +685,8 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         for fault in report.faults:
             _print(f"fault: {printable(fault)}")
-        verdict = f"{len(report.faults)} faults" if report.faults else "no faults"
+        count = len(report.faults)
+        verdict = "no faults" if not count else "1 fault" if count == 1 else f"{count:,} faults"
         decoded = f", {report.decoded:,} pictures decoded" if report.decoded else ""
         _print(
             f"{report.samples:,} samples, {report.files:,} files read, {report.rerendered:,} samples rendered "
@@ -692,6 +702,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _preview(options: argparse.Namespace) -> int:
     from gpufgbg.report import preview
 
+    _check_name(options)
     written = preview(options.dataset, options.out, options.columns)
     if options.json:
         _print_json({"preview": str(written)})
@@ -800,9 +811,16 @@ def _print(text: str, end: str = "\n") -> None:
 
 
 def _note(text: str) -> None:
-    """A line on standard error, where somebody reads it: a run does not end because nobody does."""
+    """A line on standard error, where somebody reads it: a run does not end because nobody does.
+
+    On a terminal it stands above the bar of progress.
+    """
     try:
-        print(text, file=sys.stderr, flush=True)
+        bars = sys.modules.get("tqdm")
+        if bars is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            bars.tqdm.write(text, file=sys.stderr)
     except (OSError, ValueError):
         _discard(sys.stderr)
 
@@ -848,15 +866,17 @@ def _progress(unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
             now = time.monotonic()
             if first is None:
                 first = done
-            if now - last < _LINE_EVERY_S and done != total:
+            if (now - last < _LINE_EVERY_S and done != total) or not done:
                 return
             last = now
-            rate = (done - first) / max(now - start, 1e-9)
+            made = done - first or done  # all of them at once, where the first call is the last
+            rate = made / max(now - start, 1e-9)
             text = f"{done:,} {unit}"
             if total:
-                left = (total - done) / rate if rate else 0
-                text = f"{done:,} of {total:,} {unit} ({100 * done // total} %), {left:.0f} s left"
-            _note(f"{text}, {rate:,.0f}/s")
+                text = f"{done:,} of {total:,} {unit} ({100 * done // total} %)"
+                if rate:
+                    text += f", {(total - done) / rate:.0f} s left"
+            _note(f"{text}, {rate:,.0f}/s" if rate else text)
 
         yield line
 
@@ -869,6 +889,26 @@ def _warn(message: Warning | str, category: type[Warning], *rest: Any, **more: A
 def _spelled(error: OptionError) -> str:
     option = error.option if error.option.isupper() else f"--{error.option.replace('_', '-')}"
     return f"{option}: {error.problem}"
+
+
+def _as_named(message: str, options: argparse.Namespace) -> str:
+    """A message that begins with what Python calls an argument, with what this command calls it."""
+    if options.command == "depth":
+        message = re.sub(r"^--depth(?=[ :])", "--weights", message)
+    elif options.command == "merge":
+        message = re.sub(r"^--out(?=[ :])", "OUT", message)
+    elif options.command in ("stats", "verify"):
+        message = re.sub(r"^--out(?=[ :])", "DATASET", message)
+    return message
+
+
+def _shortened(error: InputError) -> str:
+    """The message, options spelled as they are given; of very many problems the first, and the others' number."""
+    problems = [re.sub(r"^(?=(backgrounds|foregrounds|masks): )", "--", problem) for problem in error.problems]
+    if len(problems) <= NAMED:
+        return str(InputError(*problems))
+    rest = len(problems) - NAMED
+    return f"{len(problems):,} problems with the input: {'; '.join(problems[:NAMED])}; and {rest:,} more"
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
@@ -928,9 +968,11 @@ def _run(arguments: Sequence[str] | None) -> int:
             _note("gpufgbg: interrupted")
             return 130
         except OptionError as error:
-            _note(f"gpufgbg: error: {printable(_spelled(error))}")
+            _note(f"gpufgbg: error: {printable(_as_named(_spelled(error), options))}")
+        except InputError as error:
+            _note(f"gpufgbg: error: {printable(_as_named(_shortened(error), options))}")
         except GpufgbgError as error:
-            _note(f"gpufgbg: error: {printable(error)}")
+            _note(f"gpufgbg: error: {printable(_as_named(str(error), options))}")
     return 2
 
 

@@ -129,6 +129,8 @@ def merge(
         raise OptionError("OUT", "got an empty name, expected the data set's folder")
     manifest = open_manifest(out)
     for part in parts:
+        if not os.fspath(part):
+            raise OptionError("PART", "got an empty name, expected a data set to be merged")
         if _place(part) == _place(out):
             raise OptionError("PART", f"{printable(part)} is also OUT: leave it out, its samples stay")
     with storage_errors(manifest.disk):

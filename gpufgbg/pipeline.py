@@ -874,7 +874,7 @@ def finish_dataset(
     }
     if any(record.shards > 1 for record in records):
         latest["format_version"] = 2
-    if done and theirs["shards"] != latest["shards"]:
+    if done and (theirs["shards"] != latest["shards"] or _lacks_labels(manifest, latest, compositor.plan)):
         if content.get("labels", True):
             if ahead is None or ahead.done != done:  # another process has made samples meanwhile
                 ahead = LabelJob(manifest.scratch / "labels", mask_areas(compositor.assets), done)
@@ -886,6 +886,15 @@ def finish_dataset(
         remove_tree(manifest.journal)
     sink.finish(done)
     return latest
+
+
+def _lacks_labels(manifest: Manifest, content: dict[str, Any], plan: Plan) -> bool:
+    """Whether label files of a data set on this machine are gone; a zip's are in it."""
+    if not content.get("labels", True) or content["sink"] == "zip" or not isinstance(manifest.out, Path):
+        return False
+    layout = Layout.of(plan)
+    names = ("labels.parquet", *(layout.label_file(b) for b in range(plan.n_backgrounds)))
+    return not all((manifest.out / name).is_file() for name in names)
 
 
 def _listed(record: ShardRecord) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,15 @@ from gpufgbg.compositor import check_workers
 from gpufgbg.depth.model import DepthModel, resolve
 from gpufgbg.depth.options import DEPTH_JPEG, DepthOptions
 from gpufgbg.depth.sources import open_source
-from gpufgbg.exceptions import DatasetError, DeviceError, InputError, Interrupted, OptionError, printable
+from gpufgbg.exceptions import (
+    DatasetError,
+    DeviceError,
+    GpufgbgWarning,
+    InputError,
+    Interrupted,
+    OptionError,
+    printable,
+)
 from gpufgbg.files import remove_tree, storage_errors, sync_file_system, write_atomic
 from gpufgbg.layout import KINDS
 from gpufgbg.pictures import FORMATS, PictureError, quiet_decoding, raise_all, read_picture, walk_pictures
@@ -115,7 +124,8 @@ def predict_folder(
     options = DepthOptions.of(depth)
     root = local_path(folder)
     if not os.fspath(folder) or not root.is_dir():
-        raise InputError(f"{printable(folder)}: no such folder: expected a data set or a folder of pictures")
+        what = "not a folder" if os.fspath(folder) and root.exists() else "no such folder"
+        raise InputError(f"{printable(folder)}: {what}: expected a data set or a folder of pictures")
     composites = root / KINDS["composite"]
     if composites.is_dir():
         root = composites
@@ -196,6 +206,7 @@ class _Decoded:
     path: Path
     sha256: str
     pixels: npt.NDArray[np.uint8]
+    notes: tuple[str, ...]
 
 
 def _target(root: Path, out: str | os.PathLike[str] | None) -> Path:
@@ -224,7 +235,7 @@ def _decode(path: Path) -> _Decoded | str:
     if max(width, height) > MAX_FRAME:
         return f"{printable(path)}: {width}x{height}: expected at most {MAX_FRAME:,} pixels a side; scale it down"
     pixels = np.asarray(picture.image.convert("RGB"))
-    return _Decoded(path, hashlib.sha256(picture.data).hexdigest(), pixels)
+    return _Decoded(path, hashlib.sha256(picture.data).hexdigest(), pixels, picture.notes)
 
 
 def _frame(paths: list[Path]) -> tuple[int, int]:
@@ -258,6 +269,8 @@ def _decoded(paths: list[Path], workers: int, size: int, problems: list[str]) ->
             if isinstance(found, str):
                 problems.append(found)
                 continue
+            for note in found.notes:
+                warnings.warn(note, GpufgbgWarning, stacklevel=2)
             largest = max(largest, found.pixels.nbytes)
             group.append(found)
             if len(group) >= room:

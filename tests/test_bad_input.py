@@ -28,7 +28,7 @@ from oracle import expected_files, samples_of, tree_of
 from PIL import Image
 from test_pictures import encoded, write
 
-from gpufgbg import Recipe, manifest, pipeline
+from gpufgbg import InputError, Recipe, manifest, pipeline, prepare
 from gpufgbg.manifest import Manifest
 from gpufgbg.sinks import stored_zip, tar, tree
 
@@ -208,7 +208,7 @@ def test_unreadable_pictures(forbidden: Given, refused, option: str) -> None:
 
 
 def test_all_spoiled_pictures_are_named(forbidden: Given, refused) -> None:
-    """Of every kind, in every folder, at once."""
+    """Of every kind, in every folder, at once: the command names 20 and counts the others, the error has all."""
     expected = []
     for option in FOLDERS:
         for name, (data, message) in SPOILED.items():
@@ -221,9 +221,13 @@ def test_all_spoiled_pictures_are_named(forbidden: Given, refused) -> None:
         expected.append(f"{path}: no permission to read it")
     with nobody():
         error = refused(*forbidden.command, out=forbidden.out)
-    assert f"{len(expected)} problems with the input: " in error
+        with pytest.raises(InputError) as caught:
+            prepare(*map(forbidden.folder, FOLDERS), Recipe(size=(64, 48), foreground_height=20))
+    assert f"{len(expected)} problems with the input: " in error and f"; and {len(expected) - 20} more" in error
+    assert sum(problem in error for problem in expected) == 20
+    assert len(caught.value.problems) == len(expected)
     for problem in expected:
-        assert problem in error
+        assert problem in str(caught.value)
 
 
 # -- foregrounds and masks that do not fit together -----------------------------------------------------

@@ -356,3 +356,57 @@ def test_options_of_depth_without_depth(refused, arguments, tmp_path):
     for option in ("--depth-scale=3", "--depth-input=rendered", "--depth-size=64", "--depth-batch=2"):
         name = option.partition("=")[0]
         assert f"{name}: is for depth maps: give their weights too, with --depth" in refused(*arguments, option)
+
+
+def test_messages_name_what_the_command_calls_it(refused, small, folders, tmp_path):
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("dear")
+    picture = folders["backgrounds"] / "a.jpg"
+    for arguments, message in (
+        (["depth", small, "--weights=nofile.h5"], "error: --weights nofile.h5: can't be read"),
+        (["depth", small, "--weights="], "error: --weights: got ''"),
+        (["merge", occupied, small], f"error: OUT {occupied}: exists and is not a data set of ours"),
+        (["merge", tmp_path / "m", ""], "error: PART: got an empty name"),
+        (["stats", "s3://user:word@bucket/x"], "error: DATASET: s3://bucket/..."),
+        (["verify", "s3://user:word@bucket/x"], "error: DATASET: s3://bucket/..."),
+        (["depth", picture, "--weights=demo"], f"{picture}: not a folder: expected a data set"),
+        (["generate", "--backgrounds=no", "--foregrounds=no", "--out=x"], "--backgrounds: no such folder: no"),
+        (["stats", ""], "error: DATASET: got an empty name"),
+        (["verify", ""], "error: DATASET: got an empty name"),
+        (["preview", ""], "error: DATASET: got an empty name"),
+        (["stats", small, "--device=cuda:0,1"], "expected auto, cpu, cuda or cuda:N: several cards"),
+        (["generate", *(f"--{n}={f}" for n, f in folders.items()), "--out=x", "--device=cuda:0,cuda:1"], "cuda:0,2"),
+    ):
+        assert message in refused(*arguments, out=small)
+
+
+def test_many_pictures_that_cannot_be_used_are_counted(refused, arguments, tmp_path):
+    (tmp_path / "bg").mkdir()
+    for i in range(30):
+        (tmp_path / "bg" / f"{i:02}.jpg").write_bytes(b"")
+    error = refused(*arguments, f"--backgrounds={tmp_path / 'bg'}")
+    assert "error: 30 problems with the input: " in error and error.endswith("; and 10 more")
+    assert error.count("zero bytes long") == 20
+
+
+def test_frames_that_depth_of_a_folder_leaves_out(run, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "in").mkdir()
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "in" / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "in" / "a.webp", save_all=True, append_images=frames[1:])
+    _, _, error = run("depth", tmp_path / "in", "--weights=demo", "--device=cpu", "--workers=1")
+    assert "a.webp: 2 frames, only the first is used" in error
+
+
+def test_one_fault_is_one(run, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "fg_bg").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "fg_bg" / "a.jpg")
+    (tmp_path / "fg_bg" / "b.jpg").write_bytes(b"no")
+    code, printed, error = run("verify", tmp_path, "--workers=1", "--device=cpu")
+    assert code == 1 and re.search(r": 1 fault$", printed, re.MULTILINE)
+    assert ", 0/s" not in error

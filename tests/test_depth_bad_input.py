@@ -40,6 +40,12 @@ from gpufgbg.depth import engine_tensorrt
 from gpufgbg.depth.engine_tensorrt import OutOfMemory, TensorRTEngine
 
 
+@pytest.fixture
+def refused(refused):
+    """As everywhere, in generate's words: the command ``depth`` calls --weights what generate calls --depth."""
+    return lambda *words, **more: refused(*words, **more).replace("error: --weights", "error: --depth", 1)
+
+
 @pytest.fixture(scope="session")
 def h5_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """DenseDepth of the narrowest decoder."""

@@ -65,3 +65,22 @@ def test_assets_that_decode_to_other_pixels(made, folders):
         add_depth(made, "demo", device="cpu")
     with pytest.raises(DatasetError, match="decode to other pixels than when it was begun"):
         generate(made, *folders.values(), RECIPE, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["labels.parquet", "labels/bg_01_label_info.txt"])
+def test_labels_that_are_gone_are_written_again(made, folders, name):
+    before = tree_of(made)
+    (made / name).unlink()
+    assert generate(made, *folders.values(), RECIPE, device="cpu").samples == 0
+    assert tree_of(made) == before
+
+
+def test_a_damaged_tree_is_mended(made, folders):
+    before = tree_of(made)
+    files = sorted((made / "fg_bg").rglob("*.jpg"))
+    files[0].unlink()
+    files[1].write_bytes(b"damaged")
+    for record in (made / ".gpufgbg" / "shards").iterdir():
+        record.unlink()
+    generate(made, *folders.values(), RECIPE, device="cpu")
+    assert tree_of(made) == before

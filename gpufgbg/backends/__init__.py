@@ -48,7 +48,9 @@ class PendingMoments(Protocol):
 def check_device(device: str) -> str:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``, or `OptionError`."""
     if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise OptionError("device", f"got {device!r}, expected auto, cpu, cuda or cuda:N")
+        listed = isinstance(device, str) and re.match(r"cuda.*,|cuda:all", device)
+        several = ": several cards, where they can share the work, are cuda:0,2 or cuda:all" if listed else ""
+        raise OptionError("device", f"got {device!r}, expected auto, cpu, cuda or cuda:N{several}")
     return device
 
 
