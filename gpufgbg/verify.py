@@ -275,7 +275,7 @@ class _TarLabels:
         self.where = f"samples {shard.start}:{shard.stop}"
         self._sink, self._wrong = sink, wrong
         self._ranges: npt.NDArray[np.float32] | None = None
-        if record is not None and self._depth:
+        if record is not None and self._depth and books.content.get("labels", True):  # else they are kept here alone
             try:
                 self._ranges = books.depth_ranges(shard)
             except DatasetError as error:

@@ -668,7 +668,7 @@ def test_depth_added_to_a_part_that_is_completed_later(make, later, run, tmp_pat
     assert len(depth_files(tmp_path / "out")) == report.done
     printed = run("verify", tmp_path / "out")[1]
     assert printed.splitlines()[0].endswith(f"incomplete: {report.done} of 24 samples are there")
-    assert "1 faults" in printed
+    assert "1 fault\n" in printed
     assert make("out", sink=sink).samples == 24 - report.done
     assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
 
@@ -689,7 +689,7 @@ def test_half_added_and_continued_by_generate(make, later, run, tmp_path, monkey
         make("bare", sink=sink, samples=(0, 5))  # which makes 4:7
     code, printed, _ = run("verify", tmp_path / "bare")
     assert code == 1 and "not all samples have their depth maps: continue with gpufgbg depth" in printed
-    assert "1 faults" in printed  # no other
+    assert "1 fault\n" in printed  # no other
     for number, slices in enumerate([[(0, 5), (3, 11), (None, None)], [(6, 24), (0, 1), (1, 24)], [(None, None)]]):
         out = f"out{number}"
         shutil.copytree(tmp_path / "bare", tmp_path / out)
@@ -1221,7 +1221,7 @@ def test_folder_without_pictures(refused, models, tmp_path):
     assert "a.png: zero bytes long" in refused("depth", tmp_path / "pictures", *weights, out=out)
     error = refused("depth", tmp_path / "nowhere", *weights)
     assert f"{tmp_path / 'nowhere'}: no such folder: expected a data set or a folder of pictures" in error
-    assert "no such folder" in refused("depth", tmp_path / "pictures" / "a.txt", *weights)
+    assert "a.txt: not a folder: expected a data set" in refused("depth", tmp_path / "pictures" / "a.txt", *weights)
     assert "DATASET|FOLDER|build: got an empty name" in refused("depth", "", *weights)
 
 
