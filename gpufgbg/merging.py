@@ -19,12 +19,7 @@ import numpy.typing as npt
 from gpufgbg import sinks
 from gpufgbg.assets import Assets
 from gpufgbg.compositor import Compositor, check_workers
-from gpufgbg.exceptions import DatasetError, Interrupted, OptionError, printable
-from gpufgbg.files import storage_errors
-from gpufgbg.layout import SAMPLE_KINDS
-from gpufgbg.manifest import Manifest, Recorder, ShardRecord, merged, missing, open_dataset, open_manifest, within
-from gpufgbg.pipeline import (
-    LOOKS,
+from gpufgbg.dataset import (
     begin_dataset,
     check_records,
     depth_differences,
@@ -32,6 +27,11 @@ from gpufgbg.pipeline import (
     finish_dataset,
     load_assets,
 )
+from gpufgbg.exceptions import DatasetError, Interrupted, OptionError, printable
+from gpufgbg.files import storage_errors
+from gpufgbg.layout import SAMPLE_KINDS
+from gpufgbg.manifest import Manifest, Recorder, ShardRecord, merged, missing, open_dataset, open_manifest, within
+from gpufgbg.pipeline import LOOKS
 from gpufgbg.recipe import Plan, Recipe, Shard
 from gpufgbg.segments import CompactingRecorder, has_segments, shards_of
 from gpufgbg.shards import Committer, OpenShard

@@ -27,12 +27,12 @@ from gpufgbg.assets import Assets, prepare
 from gpufgbg.backends.cuda import as_stream, is_on_card
 from gpufgbg.checks import whole
 from gpufgbg.compositor import Compositor, check_workers
+from gpufgbg.dataset import load_assets
 from gpufgbg.depth.model import DepthMaps, DepthModel
 from gpufgbg.depth.options import DepthOptions
 from gpufgbg.exceptions import OptionError, printable
 from gpufgbg.manifest import open_dataset
 from gpufgbg.moments import Moments
-from gpufgbg.pipeline import load_assets
 from gpufgbg.recipe import Placements, Plan, Recipe
 from gpufgbg.shuffle import Permutation
 

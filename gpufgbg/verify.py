@@ -23,12 +23,12 @@ import numpy.typing as npt
 from gpufgbg import backends, decoding, sinks
 from gpufgbg.checks import is_whole
 from gpufgbg.compositor import Compositor
+from gpufgbg.dataset import load_assets
 from gpufgbg.exceptions import DatasetError, OptionError, printable
 from gpufgbg.jpeg import JpegEncoder
 from gpufgbg.labels import mask_areas
 from gpufgbg.layout import Layout
 from gpufgbg.manifest import Manifest, ShardChecksum, ShardRecord, open_dataset, open_manifest
-from gpufgbg.pipeline import load_assets
 from gpufgbg.readers import StoredPicture, kind_of
 from gpufgbg.recipe import Recipe, Shard
 from gpufgbg.segments import shards_of

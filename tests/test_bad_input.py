@@ -28,7 +28,7 @@ from oracle import expected_files, samples_of, tree_of
 from PIL import Image
 from test_pictures import encoded, write
 
-from gpufgbg import InputError, Recipe, manifest, pipeline, prepare
+from gpufgbg import InputError, Recipe, dataset, manifest, prepare
 from gpufgbg.manifest import Manifest
 from gpufgbg.sinks import stored_zip, tar, tree
 
@@ -571,7 +571,7 @@ def test_no_space_left(given: Given, run, small_disk: Path, sink: str) -> None:
         (tree, "sync_file_system", "tree", 0),  # committing
         (Manifest, "record", "tree", 0),
         (Manifest, "record", "zip", 0),
-        (pipeline, "publish_labels", "tar", 0),  # finishing
+        (dataset, "publish_labels", "tar", 0),  # finishing
         (Manifest, "write", "tree", 1),
     ],
     ids=lambda value: getattr(value, "__name__", value),

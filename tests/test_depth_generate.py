@@ -42,6 +42,7 @@ from gpufgbg import (
     OptionError,
     Recipe,
     add_depth,
+    dataset,
     generate,
     pipeline,
     predict_folder,
@@ -561,8 +562,8 @@ def places() -> list[tuple[object, str]]:
     from gpufgbg.sinks import stored_zip, tar, tree
 
     return [
-        (Manifest, "record"), (Manifest, "forget_pieces"), (Manifest, "write"), (pipeline, "write_labels"),
-        (pipeline, "publish_labels"), (tree.TreeSink, "publish"), (tar.TarSink, "publish"),
+        (Manifest, "record"), (Manifest, "forget_pieces"), (Manifest, "write"), (dataset, "write_labels"),
+        (dataset, "publish_labels"), (tree.TreeSink, "publish"), (tar.TarSink, "publish"),
         (stored_zip.ZipSink, "publish"), (tar.TarSink, "finish"), (stored_zip.ZipSink, "finish"),
     ]  # fmt: skip
 
@@ -722,14 +723,14 @@ def test_joined_meanwhile(make, later, tmp_path, monkeypatch, short_shards):
     """Pieces that another process has joined while this one loaded its network."""
     make("whole")
     make("out", depth=None, samples=(0, 2))
-    original = pipeline.load_assets
+    original = dataset.load_assets
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(pipeline, "load_assets", original)
+        monkeypatch.setattr(dataset, "load_assets", original)
         make("out", depth=None)
         return original(*arguments)
 
-    monkeypatch.setattr(pipeline, "load_assets", meanwhile)
+    monkeypatch.setattr(dataset, "load_assets", meanwhile)
     assert later("out").complete
     assert oracle.tree_of(tmp_path / "out") == oracle.tree_of(tmp_path / "whole")
 

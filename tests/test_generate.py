@@ -15,7 +15,7 @@ import oracle
 import pytest
 from conftest import start
 
-from gpufgbg import DatasetError, Interrupted, Moments, OptionError, Plan, Recipe, generate, pipeline, sinks
+from gpufgbg import DatasetError, Interrupted, Moments, OptionError, Plan, Recipe, dataset, generate, sinks
 from gpufgbg.layout import SAMPLE_KINDS
 from gpufgbg.manifest import Manifest, ShardChecksum
 from gpufgbg.recipe import Shard
@@ -241,7 +241,7 @@ def test_killed_at_random_moments_and_resumed(folders, tmp_path, sink, luck):
         manifest = Manifest(tmp_path / "out")
         content = manifest.read()
         if content is not None:  # at any moment, what has a record is there, whole
-            assets = pipeline.load_assets(tmp_path / "out", content)
+            assets = dataset.load_assets(tmp_path / "out", content)
             plan = Plan(Recipe.from_dict(content["recipe"]), len(assets.backgrounds), assets.widths, assets.heights)
             for record in manifest.records():
                 checksum = ShardChecksum()
@@ -271,8 +271,8 @@ def test_killed_at_every_step_of_committing_and_finishing(make, tmp_path, monkey
         (manifest.Manifest, "record"),
         (manifest.Manifest, "forget_pieces"),
         (manifest.Manifest, "write"),
-        (pipeline, "write_labels"),
-        (pipeline, "publish_labels"),
+        (dataset, "write_labels"),
+        (dataset, "publish_labels"),
         (FileShard, "close"),
         (tree.TreeSink, "publish"),
         (tar.TarSink, "publish"),

@@ -21,7 +21,7 @@ import faults
 import oracle
 import pytest
 
-from gpufgbg import DatasetError, OptionError, Recipe, StorageError, files, generate, merge, pipeline, stream
+from gpufgbg import DatasetError, OptionError, Recipe, StorageError, dataset, files, generate, merge, stream
 from gpufgbg.manifest import open_manifest
 from gpufgbg.recipe import Shard
 from gpufgbg.remote import manifest as remote_manifest
@@ -577,7 +577,7 @@ def test_two_slices_that_share_a_shard_end_together(make, slow_memory, tmp_path,
     assert late and tree_of(slow_memory) == oracle.tree_of(tmp_path / "whole")
     url = f"{slow_memory}-records"
     make(url, samples=(0, 4))
-    joined, late = pipeline._joined, []
+    joined, late = dataset._joined, []
 
     def join_records(*given):
         if not late:
@@ -585,7 +585,7 @@ def test_two_slices_that_share_a_shard_end_together(make, slow_memory, tmp_path,
             make(url)
         return joined(*given)
 
-    monkeypatch.setattr(pipeline, "_joined", join_records)
+    monkeypatch.setattr(dataset, "_joined", join_records)
     make(url, samples=(4, 192))
     assert late and tree_of(url) == oracle.tree_of(tmp_path / "whole")
 

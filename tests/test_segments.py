@@ -117,7 +117,7 @@ def test_killed_while_packing(make, tmp_path, monkeypatch, name, after):
         return packing(manifest, plan, records)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gpufgbg.pipeline.pack_segments", killed)
+        patch.setattr("gpufgbg.dataset.pack_segments", killed)
         with pytest.raises(Killed):
             make("out")
     make("out")

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpufgbg import Plan, Recipe, add_depth, generate, labels, pipeline, segments, verify_labels
+from gpufgbg import Plan, Recipe, add_depth, dataset, generate, labels, segments, verify_labels
 from gpufgbg.layout import Layout
 from gpufgbg.manifest import Manifest, ShardRecord
 from gpufgbg.moments import Moments
@@ -575,8 +575,8 @@ def places(sink: str) -> list[tuple[object, str]]:
 
     owner = {"tree": tree.TreeSink, "tar": tar.TarSink, "zip": stored_zip.ZipSink}[sink]
     return [
-        (Manifest, "record"), (Manifest, "forget_pieces"), (Manifest, "write"), (pipeline, "write_labels"),
-        (pipeline, "publish_labels"), (owner, "publish"), (owner, "finish"), (labels, "sync_file_system"),
+        (Manifest, "record"), (Manifest, "forget_pieces"), (Manifest, "write"), (dataset, "write_labels"),
+        (dataset, "publish_labels"), (owner, "publish"), (owner, "finish"), (labels, "sync_file_system"),
         (labels, "fsync_folder"), (files, "fsync_folder"),
         *([(stored_zip._ZipFile, "close")] if sink == "zip" else []),
     ]  # fmt: skip

@@ -22,9 +22,9 @@ import numpy as np
 from gpufgbg.assets import Assets
 from gpufgbg.checks import whole
 from gpufgbg.compositor import Compositor
+from gpufgbg.dataset import load_assets
 from gpufgbg.exceptions import DeviceError, OptionError
 from gpufgbg.manifest import open_dataset
-from gpufgbg.pipeline import load_assets
 from gpufgbg.recipe import Plan, Recipe
 from gpufgbg.shuffle import Permutation
 
