@@ -53,7 +53,10 @@ def atomic_path(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = scratch or path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{path.name}.{secrets.token_hex(4)}.tmp"  # other machines have our process's number too
+    # In a scratch folder, which is one run's at a time, the next takes the place of what a killed one left. Elsewhere
+    # several may write the same: other machines have our process's number too.
+    other = "" if scratch else f".{secrets.token_hex(4)}"
+    temporary = folder / f".{path.name}{other}.tmp"
     try:
         yield temporary
         with temporary.open("rb+") as file:
