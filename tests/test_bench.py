@@ -44,6 +44,7 @@ def results(*rows: Row, interpreter: str = "/usr/bin/python", machine: dict | No
 # -- running --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif("GPUFGBG_BENCH_RUNS" in os.environ, reason="CI runs gpufgbg bench --quick itself")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_suite_runs_and_checks_its_outputs(device, tmp_path):
     if device == "cuda" and (reason := runner.cuda.why_not()):
